@@ -1,0 +1,1 @@
+//! Logs and metrics: `tracing` for people or as JSON, Prometheus at `/metrics`.
