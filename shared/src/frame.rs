@@ -1,6 +1,7 @@
 //! Frames: the pieces in which a text travels, and how a reader puts them together.
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::outcome::{FinishReason, JobError, Usage};
 
@@ -18,6 +19,10 @@ pub struct Frame {
     pub v: u32,
     /// The job's id, as its submitter gave it.
     pub id: String,
+    /// The job's key, where it is not the id itself: two tenants may have chosen the same id, and a reader must not mix
+    /// their texts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<Uuid>,
     /// Epoch of the attempt that speaks; a reader drops frames of an older one.
     pub epoch: u64,
     /// Index of the frame's first token in the whole output.
@@ -46,6 +51,11 @@ pub struct Frame {
 }
 
 impl Frame {
+    /// The job's key: `key`, or the id where that is the key. `None` if it is neither.
+    pub fn job_key(&self) -> Option<Uuid> {
+        self.key.or_else(|| self.id.parse().ok())
+    }
+
     /// Whether nothing comes after it.
     pub fn is_last(&self) -> bool {
         self.finish_reason.is_some()

@@ -198,7 +198,8 @@ pub struct Job {
 }
 
 /// Bounds that an operator sets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// Largest `maxTokens` that `/api` and RabbitMQ may ask for.
     pub max_tokens: u64,

@@ -1,1 +1,5 @@
-//! The three ports inside one process.
+//! The three ports inside one process: tokio channels, and one SQLite file for what must survive a restart.
+
+mod bus;
+mod ledger;
+mod queue;

@@ -4,5 +4,7 @@
 //! one batch of [`Event`]s per decoding step.
 
 mod api;
+mod load;
 
 pub use api::*;
+pub use load::*;

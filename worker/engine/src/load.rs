@@ -1,0 +1,90 @@
+//! How an engine is brought up: from a model's files, or without any.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::{Engine, Sink};
+
+/// Where a model runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    /// SIMD on the CPU; always there.
+    Cpu,
+    /// Vulkan, Metal, DX12; needs the `wgpu` feature.
+    Wgpu,
+    /// NVIDIA; needs the `cuda` feature.
+    Cuda,
+}
+
+/// Called while weights are loaded, with bytes done and bytes in all.
+pub type Progress = Box<dyn FnMut(u64, u64) + Send>;
+
+/// What to load and how to run it.
+pub struct LoadOptions {
+    /// A GGUF file, or a directory with Hugging Face's `config.json`, `tokenizer.json` and `*.safetensors`.
+    pub path: PathBuf,
+    /// Name under which it is served; absent: the file's.
+    pub name: Option<String>,
+    /// `None`: the best that is compiled in and has a device.
+    pub backend: Option<BackendKind>,
+    /// Most requests that decode together; `None`: 16.
+    pub slots: Option<u32>,
+    /// CPU threads; `None`: all cores.
+    pub threads: Option<u32>,
+    /// Context length; `None`: the model's.
+    pub context: Option<u32>,
+    /// Cached positions (all requests together); `None`: what a share of the device's free memory holds.
+    pub kv_positions: Option<u64>,
+    /// Told how loading goes.
+    pub progress: Option<Progress>,
+}
+
+/// Why a model could not be loaded; says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Reading failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// File.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is damaged or not what it claims to be.
+    #[error("{path}: {message}")]
+    Malformed {
+        /// File.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The file is fine, but holds something that this engine does not run.
+    #[error("{path}: {message}")]
+    Unsupported {
+        /// File.
+        path: PathBuf,
+        /// What, and what is supported.
+        message: String,
+    },
+    /// The backend is not compiled in or has no device.
+    #[error("{0}")]
+    Backend(String),
+}
+
+/// Settings of the engine without a model.
+#[derive(Clone, Debug)]
+pub struct EchoOptions {
+    /// Name under which it is served.
+    pub name: String,
+    /// Tokens per request where it names no limit.
+    pub tokens: u32,
+    /// Pause between tokens; zero: as fast as it can.
+    pub delay: Duration,
+    /// Most requests that run together.
+    pub slots: u32,
+}
+
+/// Loads a model and starts its thread.
+pub fn load(_options: LoadOptions, _sink: Sink) -> Result<Box<dyn Engine>, LoadError> {
+    Err(LoadError::Backend("not built yet".into()))
+}
