@@ -3,3 +3,5 @@
 mod bus;
 mod ledger;
 mod queue;
+
+pub use queue::EmbeddedQueue;
