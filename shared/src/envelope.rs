@@ -29,12 +29,15 @@ pub struct Envelope {
     pub once: bool,
     /// It came through `llm.requests`: its outcome goes to `llm.responses`.
     pub front_door: bool,
-    /// Hex SHA-256 of the body as its submitter meant it (see [`crate::job::Job::body_hash`]).
+    /// Hex SHA-256 of the body as its submitter meant it (see [`crate::job::Job::body_hash`]); empty in a message marked
+    /// `once`, whose id nobody else can have chosen.
     pub body_hash: String,
     /// When the coordinator accepted it, Unix milliseconds.
     pub accepted_ms: u64,
     /// Under which `llm_cache` key the answer is to be kept; absent: nowhere.
     pub cache_key: Option<String>,
+    /// The weights revision that `cache_key` was made for; a worker with another one must not keep the answer.
+    pub revision: Option<String>,
     /// The coordinator whose client waits for it; absent for asynchronous jobs.
     pub coordinator: Option<String>,
 }
@@ -57,6 +60,9 @@ impl Envelope {
         if let Some(k) = &self.cache_key {
             put("cache-key", k.clone());
         }
+        if let Some(r) = &self.revision {
+            put("revision", r.clone());
+        }
         if let Some(c) = &self.coordinator {
             put("coordinator", c.clone());
         }
@@ -74,6 +80,7 @@ impl Envelope {
             body_hash: get("body-hash")?.clone(),
             accepted_ms: get("accepted")?.parse().ok()?,
             cache_key: get("cache-key").cloned(),
+            revision: get("revision").cloned(),
             coordinator: get("coordinator").cloned(),
         })
     }
@@ -93,6 +100,7 @@ mod tests {
             body_hash: "00".into(),
             accepted_ms: 17,
             cache_key: Some("k".into()),
+            revision: Some("r".into()),
             coordinator: None,
         };
         assert_eq!(Envelope::from_headers(&e.to_headers()), Some(e));

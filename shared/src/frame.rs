@@ -89,7 +89,9 @@ pub enum Pushed {
 pub struct Assembly {
     /// Newest epoch seen.
     pub epoch: u64,
-    /// The text so far.
+    /// Offset of `text` in the whole text, bytes: above 0 once [`Assembly::forget`] was called.
+    pub start: usize,
+    /// The text so far, from `start` on.
     pub text: String,
     /// Tokens so far.
     pub tokens: u32,
@@ -98,13 +100,27 @@ pub struct Assembly {
 }
 
 impl Assembly {
+    /// Bytes of the whole text that have come so far.
+    pub fn end(&self) -> usize {
+        self.start + self.text.len()
+    }
+
+    /// Lets go of the first bytes that are still held, at least `bytes` of them (to the next whole character), so that
+    /// a long text does not fill memory; the log still has them.
+    pub fn forget(&mut self, bytes: usize) {
+        let cut =
+            (bytes..=self.text.len()).find(|&i| self.text.is_char_boundary(i)).unwrap_or(self.text.len());
+        self.text.drain(..cut);
+        self.start += cut;
+    }
+
     /// Takes in a frame.
     pub fn push(&mut self, frame: &Frame) -> Pushed {
         if frame.epoch < self.epoch || self.last.is_some() {
             return Pushed::Nothing;
         }
         self.epoch = frame.epoch;
-        let have = self.text.len();
+        let have = self.end();
         if frame.at > have {
             return Pushed::Gap;
         }
@@ -140,6 +156,18 @@ mod tests {
         assert_eq!(a.push(&frame(2, 10, "ld")), Pushed::Advanced);
         assert_eq!(a.push(&frame(1, 12, "XX")), Pushed::Nothing);
         assert_eq!(a.text, "Hello, world");
+    }
+
+    #[test]
+    fn what_was_forgotten_still_counts() {
+        let mut a = Assembly::default();
+        a.push(&frame(1, 0, "Hé"));
+        a.push(&frame(1, 3, "llo"));
+        a.forget(2);
+        assert_eq!((a.start, a.text.as_str(), a.end()), (3, "llo", 6));
+        assert_eq!(a.push(&frame(1, 3, "llo, world")), Pushed::Advanced);
+        assert_eq!(a.push(&frame(1, 14, "!")), Pushed::Gap);
+        assert_eq!(a.text, "llo, world");
     }
 
     #[test]
