@@ -8,6 +8,7 @@ pub mod embedded;
 pub mod envelope;
 pub mod frame;
 pub mod job;
+mod mailbox;
 pub mod outcome;
 pub mod ports;
 pub mod postgres;

@@ -4,4 +4,5 @@ mod bus;
 mod ledger;
 mod queue;
 
+pub use bus::EmbeddedBus;
 pub use queue::EmbeddedQueue;

@@ -14,6 +14,10 @@ use crate::frame::Frame;
 /// How long a presence lasts unless it is renewed.
 pub const PRESENCE_PERIOD: Duration = Duration::from_secs(3);
 
+/// Words that a control channel holds for a worker that does not read them. So many that only a process that hangs
+/// misses one; places are allocated as they fill.
+pub(crate) const CONTROL_CAPACITY: usize = 1 << 20;
+
 /// The replay log's header: who may append to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogHeader {
@@ -57,7 +61,7 @@ pub enum Opened {
         /// The job has been cancelled.
         cancelled: bool,
     },
-    /// A newer epoch (or another worker with the same one) holds the log; it was left as it is.
+    /// A newer epoch (or another header with the same one) holds the log; it was left as it is.
     Superseded {
         /// That epoch.
         epoch: u64,
@@ -69,7 +73,7 @@ pub enum Opened {
 pub struct Append {
     /// Job key.
     pub key: Uuid,
-    /// Epoch of the writer; refused if the log holds another.
+    /// Epoch of the writer; refused unless it holds the log.
     pub epoch: u64,
     /// Channel to publish to, without prefix handling: as in the job.
     pub channel: String,
@@ -82,9 +86,10 @@ pub struct Append {
 pub enum Appended {
     /// Recorded and published.
     Accepted,
-    /// Another epoch holds the log; nothing was recorded or published.
+    /// A newer epoch holds the log; nothing was recorded or published.
     Superseded,
-    /// There is no log (the service lost it); nothing was recorded or published. Open it again and append everything.
+    /// The writer's log is not there: the service lost it, and at most an older epoch has opened one since. Nothing was
+    /// recorded or published. Open it again and append everything.
     Missing,
 }
 
@@ -180,6 +185,7 @@ pub trait Bus: Send + Sync + 'static {
     async fn open(&self, openings: &[Opening]) -> PortResult<Vec<Opened>>;
 
     /// Records and publishes one step of many jobs atomically: one message per channel, refused jobs left out.
+    /// After an error it is open whether the step was taken; readers tolerate records that are repeated.
     async fn append(&self, step: &[Append]) -> PortResult<AppendReport>;
 
     /// Reads a log; `None` if there is none.
