@@ -102,6 +102,8 @@ pub mod code {
     pub const POISON: &str = "poison";
     /// The broker gave it up.
     pub const UNDELIVERABLE: &str = "undeliverable";
+    /// In `llm_requests` only: the job ended, but its row's texts could not be stored.
+    pub const UNSTORABLE: &str = "unstorable";
     /// A fault of ours.
     pub const INTERNAL: &str = "internal_error";
 }

@@ -6,6 +6,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::PortResult;
+use crate::outcome::code;
 
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,12 +111,22 @@ pub struct Claim {
 /// What came of a [`Claim`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Claimed {
-    /// The epoch is ours.
+    /// The epoch is ours. A worker that repeats a claim it has won wins it again: it may not have heard the first time.
     Won,
     /// It is not; this is the row as it stands (done rows can't be claimed).
     Lost(Box<JobRow>),
     /// It is not, and there is no row (expected one).
     Gone,
+}
+
+impl Claim {
+    /// Whether the row already says what this claim would make it say: the same worker has won this epoch, but may not
+    /// have heard of it. So a claim whose answer was lost can be repeated.
+    pub fn is_held_in(&self, row: &JobRow) -> bool {
+        row.state == JobState::Running
+            && row.epoch == self.epoch
+            && row.owner.as_deref() == Some(&self.worker)
+    }
 }
 
 /// A row of `llm_requests`. Times are given as ages, because the database sets all times.
@@ -155,6 +166,23 @@ pub struct RequestRow {
     pub started_ms_ago: Option<u64>,
     /// Milliseconds ago: first token.
     pub first_token_ms_ago: Option<u64>,
+}
+
+impl RequestRow {
+    /// What is left of a row that the database refuses to hold: the counts that a bill needs, and an error code that
+    /// says why its texts are missing.
+    pub fn minimal(&self) -> Self {
+        Self {
+            tokens: self.tokens,
+            execution_time_ms: self.execution_time_ms,
+            prompt_tokens: self.prompt_tokens,
+            cached: self.cached,
+            finish_reason: self.finish_reason.chars().take(32).collect(),
+            error_code: Some(code::UNSTORABLE.into()),
+            attempts: self.attempts,
+            ..Self::default()
+        }
+    }
 }
 
 /// A row of `llm_cache`.
