@@ -1,1 +1,198 @@
-//! Placeholder.
+//! The coordinator: a thin HTTP ingress and a dispatcher. It knows nothing of models and runs none; it sees the
+//! services only through the ports of [`stoker_shared::ports`].
+//!
+//! A request flows one way: [`http`] turns JSON into a job, [`admission`] lets its caller in, [`routing`] gives it a
+//! model, [`dispatch`] asks the cache, joins an identical job or publishes it, and the [`inbox`] hands the worker's
+//! frames to whoever waits. Beside that, [`front_door`] takes jobs from services that enqueue by themselves, [`dead`]
+//! those that the broker gave up, and [`sweeper`] publishes again what was accepted and never confirmed.
+
+mod admission;
+mod backoff;
+mod billing;
+mod closing;
+mod dead;
+mod dispatch;
+mod front_door;
+mod http;
+mod inbox;
+mod letters;
+mod outcome;
+mod prepare;
+mod presence;
+mod routing;
+mod sweeper;
+mod ticket;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::serve::ListenerExt;
+use metrics_exporter_prometheus::PrometheusHandle;
+use stoker_shared::config::Config;
+use stoker_shared::ports::Ports;
+use tokio::net::TcpListener;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::admission::Admission;
+use crate::backoff::Backoff;
+use crate::billing::Billing;
+use crate::dispatch::Dispatch;
+use crate::http::App;
+use crate::inbox::Inbox;
+use crate::routing::{Registry, Router};
+
+/// Port that a coordinator listens on unless configured.
+pub const DEFAULT_PORT: u16 = 8080;
+/// What the services get to be there at start; then the coordinator serves all the same, and says what is missing.
+const START_LIMIT: Duration = Duration::from_secs(5);
+/// Streams that are running when the process is told to end may go on for so long.
+const GOODBYE: Duration = Duration::from_secs(25);
+/// How often recorded metrics are folded together.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Why a coordinator could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address can't be listened on; choose another with `PORT`, or stop what uses it.
+    #[error("can't listen on {address}: {source}")]
+    Listen {
+        /// Address.
+        address: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// A running coordinator.
+pub struct Coordinator {
+    id: String,
+    addr: SocketAddr,
+    dispatch: Arc<Dispatch>,
+    /// Stops taking in: connections, front door.
+    stop: CancellationToken,
+    server: JoinHandle<()>,
+    tasks: JoinSet<()>,
+}
+
+impl Coordinator {
+    /// Starts listening, and everything that goes on beside. Services that are down do not keep it from starting: it
+    /// answers 503 until they are there.
+    pub async fn start(
+        config: Config,
+        ports: Ports,
+        metrics: Option<PrometheusHandle>,
+    ) -> Result<Self, Error> {
+        let id = format!("c-{}", Uuid::new_v4());
+        let address = format!("{}:{}", config.http.host, config.http.port.unwrap_or(DEFAULT_PORT));
+        let listen = |source| Error::Listen { address: address.clone(), source };
+        let listener = TcpListener::bind(&address).await.map_err(listen)?;
+        let addr = listener.local_addr().map_err(listen)?;
+
+        let mut tasks = JoinSet::new();
+        bring_up_schema(&ports, &mut tasks).await;
+        let (inbox, inbox_tasks) = Inbox::new(&id, ports.clone());
+        tasks.spawn(inbox_tasks.run());
+        let registry = Registry::new(ports.clone(), &config.coordinator.models);
+        registry.refresh().await;
+        tasks.spawn(registry.clone().run());
+        let (billing, rows) = Billing::new();
+        tasks.spawn(billing::run(ports.clone(), config.coordinator.store_prompts, rows));
+        let router = Router::new(registry, config.coordinator.strategy);
+        let origins = config.http.allowed_origins.clone();
+        let admission = Arc::new(Admission::new(&config.coordinator.default_tenant));
+        let dispatch = Arc::new(Dispatch { id: id.clone(), config, ports, inbox, router, billing });
+
+        let stop = CancellationToken::new();
+        tasks.spawn(presence::run(dispatch.clone()));
+        tasks.spawn(presence::watch_depths(dispatch.clone()));
+        tasks.spawn(sweeper::run(dispatch.clone()));
+        tasks.spawn(front_door::run(dispatch.clone(), admission.clone(), stop.clone()));
+        tasks.spawn(dead::run(dispatch.clone(), stop.clone()));
+        if let Some(handle) = metrics.clone() {
+            tasks.spawn(upkeep(handle));
+        }
+        until_listening(&dispatch.inbox).await;
+        let app = App { dispatch: dispatch.clone(), admission, metrics, stop: stop.clone() };
+        let server = tokio::spawn(serve(listener, http::router(Arc::new(app), &origins), stop.clone()));
+        tracing::info!(coordinator = id, %addr, "listening");
+        Ok(Self { id, addr, dispatch, stop, server, tasks })
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Its name in the fleet, new at every start.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Takes nothing more in, lets running streams end (for a while), and leaves the fleet.
+    pub async fn shutdown(mut self) {
+        self.stop.cancel();
+        if tokio::time::timeout(GOODBYE, &mut self.server).await.is_err() {
+            tracing::warn!("streams are cut off, they took too long to end");
+            self.server.abort();
+        }
+        self.tasks.abort_all();
+        if let Err(e) = self.dispatch.ports.bus.retire(&self.id).await {
+            tracing::debug!("can't withdraw this coordinator's presence, it will expire: {e}");
+        }
+    }
+}
+
+/// Brings the schema up to date: now if the ledger is there, else as soon as it is.
+async fn bring_up_schema(ports: &Ports, tasks: &mut JoinSet<()>) {
+    match tokio::time::timeout(START_LIMIT, ports.ledger.migrate()).await {
+        Ok(Ok(())) => return,
+        Ok(Err(e)) => tracing::warn!("can't bring the schema up to date yet: {e}"),
+        Err(_) => tracing::warn!("the ledger does not answer; its schema is brought up to date later"),
+    }
+    let ledger = ports.ledger.clone();
+    tasks.spawn(async move {
+        let mut backoff = Backoff::new();
+        while let Err(e) = ledger.migrate().await {
+            tracing::debug!("can't bring the schema up to date yet: {e}");
+            backoff.wait().await;
+        }
+    });
+}
+
+/// Waits until the subscription for tokens stands, but not for ever.
+async fn until_listening(inbox: &Inbox) {
+    let stands = async {
+        while !inbox.listening() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    if tokio::time::timeout(START_LIMIT, stands).await.is_err() {
+        tracing::warn!("the bus is not there yet: requests are answered 503 until it is");
+    }
+}
+
+/// Serves until told to stop, then until the last connection is done.
+async fn serve(listener: TcpListener, router: axum::Router, stop: CancellationToken) {
+    // An event must not wait for the acknowledgement of the one before.
+    let listener = listener.tap_io(|connection| {
+        if let Err(e) = connection.set_nodelay(true) {
+            tracing::debug!("TCP_NODELAY can't be set: {e}");
+        }
+    });
+    let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+    if let Err(e) = served {
+        tracing::error!("the HTTP server ended: {e}");
+    }
+}
+
+/// Folds recorded values together, which nobody else does.
+async fn upkeep(handle: PrometheusHandle) {
+    let mut ticks = tokio::time::interval(UPKEEP);
+    loop {
+        ticks.tick().await;
+        handle.run_upkeep();
+    }
+}

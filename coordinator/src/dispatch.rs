@@ -1,0 +1,274 @@
+//! From a checked job to its stream of frames: the cache, else an identical job in flight, else the queue.
+//!
+//! A connected job is published by a task of its own, beside the stream: the first token does not wait for the broker's
+//! confirm, and the job does not depend on the request that began it, because others may have joined. A job that nobody
+//! is connected to is written to the ledger before it is published. The window that keeps the broker's queue short will
+//! go in between `register` and `publish`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use metrics::counter;
+use serde_json::Value;
+use stoker_shared::config::Config;
+use stoker_shared::job::{CachePolicy, Lane};
+use stoker_shared::outcome::{FinishReason, JobError, Usage, code};
+use stoker_shared::ports::{
+    Accepted, CacheRow, Destination, JobRow, JobState, Message, NewJob, Ports, PublishError,
+};
+use stoker_shared::telemetry::metric;
+use uuid::Uuid;
+
+use crate::billing::Billing;
+use crate::inbox::{End, Feed, Inbox};
+use crate::prepare::{Intent, Prepared, Travel, prepare};
+use crate::routing::{Model, Patience, Router};
+use crate::ticket::Ticket;
+
+/// The cache is asked no longer than this: generating is the alternative.
+const CACHE_LIMIT: Duration = Duration::from_millis(500);
+/// The broker has so long, over what the adapter itself allows it.
+const PUBLISH_LIMIT: Duration = Duration::from_secs(15);
+/// A submitter of an asynchronous job waits no longer than this for the broker: the ledger has the job already.
+const QUEUED_PUBLISH_LIMIT: Duration = Duration::from_secs(5);
+/// The ledger has so long to accept a job.
+const LEDGER_LIMIT: Duration = Duration::from_secs(5);
+
+/// Submits jobs.
+pub struct Dispatch {
+    /// This coordinator's id.
+    pub id: String,
+    /// What the operator set.
+    pub config: Config,
+    /// The services.
+    pub ports: Ports,
+    /// Who waits for which job.
+    pub inbox: Arc<Inbox>,
+    /// Which model serves a job.
+    pub router: Router,
+    /// Where rows of requests without a job go.
+    pub billing: Billing,
+}
+
+/// An asynchronous job that was accepted.
+pub struct Queued {
+    /// Its id.
+    pub id: String,
+    /// Where it stands.
+    pub state: JobState,
+}
+
+impl Dispatch {
+    /// Submits a job for a client that is connected and waits. `only_end`: it does not read as the text comes.
+    pub async fn connect(self: &Arc<Self>, intent: Intent, only_end: bool) -> Result<Ticket, JobError> {
+        if !self.inbox.listening() {
+            return Err(JobError::new(
+                code::SERVICE_UNAVAILABLE,
+                "the fleet's bus can't be reached; try again",
+            ));
+        }
+        let model = self.router.route(intent.job.model_name(), Patience::Connected).await?;
+        let accepted = intent.accepted;
+        let caller = intent.caller.clone();
+        let travel = Travel::Connected { coordinator: &self.id, channel: self.inbox.channel() };
+        let prepared = prepare(intent, model, travel, &self.config.coordinator)?;
+        let Prepared { envelope, model, deadline, .. } = &prepared;
+        let key = envelope.key;
+        let free = |ticket: Ticket, prepared: Prepared| {
+            let billing = self.billing.clone();
+            Ok(ticket.free(prepared.job, caller.tenant.to_string(), caller.api_key_id.clone(), billing))
+        };
+
+        // Joining someone's last seconds would cut this request's time short.
+        let not_before = accepted + deadline.saturating_duration_since(accepted) / 2;
+        let joined = prepared.identity.as_deref();
+        if let Some(reader) = joined.and_then(|identity| self.inbox.join(identity, not_before, only_end)) {
+            return free(Ticket::own(key, model.clone(), accepted, reader), prepared);
+        }
+        if let Some((text, end)) = self.cached(&prepared).await {
+            counter!(metric::CACHE_HITS, "model" => model.name.clone()).increment(1);
+            let reader = self.inbox.finished(key, text, end);
+            return free(Ticket::own(key, model.clone(), accepted, reader), prepared);
+        }
+        let message = prepared.message()?;
+        let feed = Feed::new(key, prepared.identity.clone(), *deadline, true);
+        let (reader, joined) = self.inbox.register(feed.clone(), not_before, only_end);
+        let ticket = Ticket::own(key, model.clone(), accepted, reader);
+        if joined {
+            return free(ticket, prepared);
+        }
+        tokio::spawn(self.clone().publish_connected(feed, model.clone(), prepared.job.lane, message));
+        Ok(ticket)
+    }
+
+    /// The kept answer, if there may be one and the ledger gives it in time.
+    pub async fn cached(&self, prepared: &Prepared) -> Option<(String, End)> {
+        if prepared.cache != CachePolicy::Use {
+            return None;
+        }
+        let key = prepared.envelope.cache_key.as_deref()?;
+        match tokio::time::timeout(CACHE_LIMIT, self.ports.ledger.cached(key)).await {
+            Ok(Ok(row)) => row.map(answer),
+            Ok(Err(e)) => {
+                tracing::debug!("the cache can't be asked: {e}");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    async fn publish_connected(
+        self: Arc<Self>,
+        feed: Arc<Feed>,
+        model: Arc<Model>,
+        lane: Lane,
+        message: Message,
+    ) {
+        let error = match self.publish(&model, lane, message, PUBLISH_LIMIT).await {
+            Ok(()) => return,
+            Err(PublishError::Unconfirmed) if feed.begun() => {
+                tracing::info!(job = %feed.key, "no confirm came, but a worker has the job");
+                return;
+            }
+            Err(e) => e,
+        };
+        tracing::warn!(job = %feed.key, "not published: {error}");
+        if matches!(error, PublishError::Unconfirmed) {
+            self.inbox.cancel(feed.key, feed.deadline);
+        }
+        self.inbox.fail(&feed, refusal(&error, &model));
+    }
+
+    /// Puts a job on its work queue and awaits the confirm; declares the queue if it is missing.
+    pub async fn publish(
+        &self,
+        model: &Model,
+        lane: Lane,
+        message: Message,
+        limit: Duration,
+    ) -> Result<(), PublishError> {
+        let to = Destination::Work { model: model.name.to_string(), lane };
+        let attempt = async {
+            match self.ports.queue.publish(&to, message.clone()).await {
+                Err(PublishError::Unroutable) => {
+                    self.router.registry.declare_now(&model.name).await;
+                    self.ports.queue.publish(&to, message).await
+                }
+                settled => settled,
+            }
+        };
+        tokio::time::timeout(limit, attempt).await.unwrap_or(Err(PublishError::Unconfirmed))
+    }
+
+    /// Accepts a job that nobody is connected to: into the ledger, then onto the queue. Once the ledger has it, it is
+    /// accepted, whatever the broker says: what waits there is published again until it is confirmed.
+    pub async fn enqueue(self: &Arc<Self>, intent: Intent, id: Option<String>) -> Result<Queued, JobError> {
+        let model = self.router.route(intent.job.model_name(), Patience::Queued).await?;
+        let travel = Travel::Queued { id, front_door: false };
+        let prepared = prepare(intent, model, travel, &self.config.coordinator)?;
+        let message = prepared.message()?;
+        let id = message.id.clone();
+        let new = new_job(&prepared, &message, self.config.coordinator.job_retention_s);
+        let accepted = tokio::time::timeout(LEDGER_LIMIT, self.ports.ledger.accept(&new)).await;
+        let accepted = accepted.map_err(|_| ledger_down("it does not answer"))?;
+        match accepted.map_err(|e| ledger_down(&e.to_string()))? {
+            Accepted::New => {}
+            Accepted::Same(row) => return Ok(Queued { id, state: row.state }),
+            Accepted::Taken => {
+                let message = format!("the id {id:?} belongs to a job with another body");
+                return Err(JobError::field(code::ID_TAKEN, "id", message));
+            }
+        }
+        let key = prepared.envelope.key;
+        if let Some((text, end)) = self.cached(&prepared).await {
+            counter!(metric::CACHE_HITS, "model" => prepared.model.name.clone()).increment(1);
+            match crate::closing::answer_from_cache(self, &prepared, text, end).await {
+                Ok(()) => return Ok(Queued { id, state: JobState::Done }),
+                Err(e) => {
+                    tracing::warn!(job = %key, "the cached answer can't be made final, so it runs: {e}")
+                }
+            }
+        }
+        match self.publish(&prepared.model, prepared.job.lane, message, QUEUED_PUBLISH_LIMIT).await {
+            Ok(()) => self.confirm(key),
+            Err(e) => tracing::warn!(job = %key, "accepted, but not on the queue yet: {e}"),
+        }
+        Ok(Queued { id, state: JobState::Waiting })
+    }
+
+    /// Notes, in the background, that the queue has an accepted job. Should that fail, the job is published again, and
+    /// the claim in the ledger keeps it from running twice.
+    pub fn confirm(self: &Arc<Self>, key: Uuid) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            if let Err(e) = this.ports.ledger.published(key).await {
+                tracing::debug!(job = %key, "the ledger does not know yet that the job is on the queue: {e}");
+            }
+        });
+    }
+
+    /// A tenant's job by the id that it was given.
+    pub async fn find(&self, tenant: &str, id: &str) -> Result<Option<JobRow>, JobError> {
+        let given = stoker_shared::envelope::key_of(tenant, id);
+        let minted: Option<Uuid> = id.parse().ok();
+        for key in std::iter::once(given).chain(minted) {
+            let found = tokio::time::timeout(LEDGER_LIMIT, self.ports.ledger.find(key)).await;
+            let found = found.map_err(|_| ledger_down("it does not answer"))?;
+            let found = found.map_err(|e| ledger_down(&e.to_string()))?;
+            if let Some(row) = found.filter(|row| row.tenant == tenant) {
+                return Ok(Some(row));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn new_job(prepared: &Prepared, message: &Message, retention_s: u64) -> NewJob {
+    let envelope = &prepared.envelope;
+    let until = prepared.deadline.saturating_duration_since(Instant::now()).as_secs();
+    NewJob {
+        key: envelope.key,
+        tenant: envelope.tenant.clone(),
+        job_id: message.id.clone(),
+        body_hash: envelope.body_hash.clone(),
+        body: message.body.clone(),
+        headers: Value::Object(
+            message.headers.iter().map(|(k, v)| (k.clone(), Value::from(v.as_str()))).collect(),
+        ),
+        expires_in_s: until + retention_s,
+    }
+}
+
+/// What a kept answer says.
+fn answer(row: CacheRow) -> (String, End) {
+    let field = |name: &str| row.metadata.get(name).cloned();
+    let usage: Usage = field("usage").and_then(|u| serde_json::from_value(u).ok()).unwrap_or_default();
+    let reason = field("finishReason").and_then(|r| serde_json::from_value(r).ok());
+    (row.response, End::new(reason.unwrap_or(FinishReason::Stop), usage, None))
+}
+
+/// What a caller is told about a job that could not be published.
+pub fn refusal(error: &PublishError, model: &Model) -> JobError {
+    match error {
+        PublishError::Full => JobError::new(
+            code::QUEUE_FULL,
+            format!("the queue of the model {:?} is full; try again", model.name),
+        ),
+        PublishError::Unroutable => {
+            let message = format!("there is no queue for the model {:?} now", model.name);
+            JobError::field(code::MODEL_UNAVAILABLE, "model", message)
+        }
+        PublishError::Unconfirmed => JobError::new(
+            code::SERVICE_UNAVAILABLE,
+            "the broker did not confirm the job in time; it was cancelled, try again",
+        ),
+        PublishError::Port(_) => {
+            JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's broker can't be reached; try again")
+        }
+    }
+}
+
+fn ledger_down(said: &str) -> JobError {
+    tracing::warn!("the ledger is unavailable: {said}");
+    JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's database can't be reached; try again")
+}
