@@ -1,1 +1,188 @@
-//! The port on the real service.
+//! The queue port on RabbitMQ.
+//!
+//! Two connections are kept open for ever ([`link`]): one publishes, one consumes, because a broker that is short of
+//! memory or disk stops reading from connections that publish. Declaring and inspecting goes through a small pool of
+//! its own ([`control`]), because a refused declaration closes the channel that it was made on.
+
+mod consumer;
+mod control;
+mod link;
+mod message;
+mod publisher;
+mod topology;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::FutureExt;
+use tokio::time::Instant;
+
+use self::consumer::Subscription;
+use self::control::Control;
+use self::link::Link;
+use self::publisher::Publisher;
+use self::topology::{Address, Names};
+use crate::config::Services;
+use crate::job::Lane;
+use crate::ports::{Consumer, Destination, Message, PortError, PortResult, PublishError, Queue, Source};
+
+/// What errors call the service.
+const SERVICE: &str = "RabbitMQ";
+
+/// How long a call may take, unless set otherwise.
+const DEFAULT_LIMIT: Duration = Duration::from_secs(5);
+
+/// The [`Queue`] port on RabbitMQ.
+pub struct RabbitQueue {
+    names: Arc<Names>,
+    publishing: Link<Publisher>,
+    consuming: Arc<Link<()>>,
+    control: Arc<Control>,
+    /// Work queues that were declared on the publishing connection with this number.
+    declared: Mutex<(u64, HashSet<String>)>,
+    limit: Duration,
+}
+
+impl RabbitQueue {
+    /// Checks the URLs and begins to connect; a broker that is down now is connected to when it is up.
+    pub async fn connect(services: &Services) -> PortResult<Self> {
+        let names = Arc::new(Names::new(&services.prefix));
+        let hosts = link::parse(&services.amqp_url)?;
+        let control = Arc::new(Control::new(&hosts, DEFAULT_LIMIT)?);
+        let on_open = {
+            let names = names.clone();
+            move |connection| Publisher::open(connection, names.clone()).boxed()
+        };
+        Ok(Self {
+            publishing: Link::keep("publish", hosts.clone(), on_open),
+            consuming: Arc::new(Link::keep("consume", hosts, |_| async { Ok(()) }.boxed())),
+            names,
+            control,
+            declared: Mutex::default(),
+            limit: DEFAULT_LIMIT,
+        })
+    }
+
+    /// Sets how long a publish may wait for the connection and its confirm, and how long other calls may take.
+    pub fn with_limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    async fn publish_once(&self, address: &Address, message: &Message) -> Result<(), PublishError> {
+        let deadline = Instant::now() + self.limit;
+        let live = self.publishing.live(self.limit).await?;
+        live.extra.publish(address, message, deadline).await
+    }
+
+    /// Forgets that queues were declared, if the publishing connection is another one by now.
+    fn is_declared(&self, connection: u64, model: &str) -> bool {
+        let mut declared = self.declared.lock().unwrap_or_else(PoisonError::into_inner);
+        if declared.0 != connection {
+            *declared = (connection, HashSet::new());
+        }
+        declared.1.contains(model)
+    }
+
+    fn set_declared(&self, connection: u64, model: &str, is: bool) {
+        let mut declared = self.declared.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is {
+            declared.1.remove(model);
+        } else if declared.0 == connection {
+            declared.1.insert(model.to_owned());
+        }
+    }
+}
+
+#[async_trait]
+impl Queue for RabbitQueue {
+    async fn declare_work(&self, model: &str) -> PortResult<()> {
+        let live = self.publishing.live(self.limit).await?;
+        if self.is_declared(live.number, model) {
+            return Ok(());
+        }
+        for lane in Lane::ALL {
+            let source = Source::Work { model: model.to_owned(), lane };
+            self.control.declare(live.host, &self.names, &source).await?;
+        }
+        self.set_declared(live.number, model, true);
+        Ok(())
+    }
+
+    async fn publish(&self, to: &Destination, message: Message) -> Result<(), PublishError> {
+        let address = self.names.address(to)?;
+        let outcome = self.publish_once(&address, &message).await;
+        match (&outcome, to) {
+            (Err(PublishError::Unroutable), Destination::Work { model, .. }) => {
+                self.set_declared(0, model, false);
+                outcome
+            }
+            // The fleet's own queues are always meant to be there: somebody deleted one.
+            (Err(PublishError::Unroutable), _) => {
+                let live = self.publishing.live(self.limit).await?;
+                tracing::warn!(
+                    queue = address.key.as_str(),
+                    "a queue of the fleet is gone; declaring it again"
+                );
+                self.control.declare_fixed(live.host, &self.names).await?;
+                self.publish_once(&address, &message).await
+            }
+            _ => outcome,
+        }
+    }
+
+    async fn consume(&self, from: &Source, prefetch: u16) -> PortResult<Consumer> {
+        Subscription::start(
+            self.consuming.clone(),
+            self.control.clone(),
+            self.names.clone(),
+            from.clone(),
+            prefetch.max(1),
+            self.limit,
+        )
+        .await
+    }
+
+    async fn depth(&self, of: &Source) -> PortResult<Option<u64>> {
+        let live = self.consuming.live(self.limit).await?;
+        self.control.depth(live.host, &self.names.queue(of)?).await
+    }
+
+    async fn ready(&self) -> PortResult<()> {
+        let publishing = self.publishing.live_now()?;
+        let consuming = self.consuming.live_now()?;
+        if publishing.connection.status().blocked() {
+            return Err(unavailable("it blocks publishers: a memory or disk alarm"));
+        }
+        if let Some(refusal) = &publishing.extra.refusal() {
+            return Err(refusal.clone());
+        }
+        self.control.ping(consuming.host, &self.names).await
+    }
+}
+
+fn unavailable(message: impl ToString) -> PortError {
+    PortError::Unavailable { service: SERVICE, message: message.to_string() }
+}
+
+fn refused(message: impl ToString) -> PortError {
+    PortError::Refused { service: SERVICE, message: message.to_string() }
+}
+
+/// What a failure means to the caller: what the broker said no to it will say no to again, everything else passes.
+fn port_error(error: lapin::Error) -> PortError {
+    match error.kind() {
+        lapin::ErrorKind::ProtocolError(amqp) if error.is_amqp_soft_error() => refused(amqp),
+        _ => unavailable(error),
+    }
+}
+
+/// Runs something against the clock.
+async fn within<T>(limit: Duration, what: impl Future<Output = PortResult<T>>) -> PortResult<T> {
+    match tokio::time::timeout(limit, what).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(unavailable(format!("no answer within {limit:?}"))),
+    }
+}

@@ -1,0 +1,102 @@
+//! Messages as AMQP carries them.
+
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+
+use super::topology::short;
+use crate::ports::{Message, PortResult};
+
+/// How often a quorum queue has delivered the message before; absent on the first delivery.
+const DELIVERY_COUNT: &str = "x-delivery-count";
+
+/// Delivery modes of AMQP.
+const TRANSIENT: u8 = 1;
+const PERSISTENT: u8 = 2;
+
+/// Properties of a message on its way out.
+///
+/// # Errors
+/// An id or a header's name is longer than 255 bytes.
+pub fn to_properties(message: &Message, persistent: bool) -> PortResult<BasicProperties> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut properties = BasicProperties::default()
+        .with_content_type("application/json".into())
+        .with_delivery_mode(if persistent { PERSISTENT } else { TRANSIENT })
+        .with_timestamp(now.as_secs());
+    if !message.id.is_empty() {
+        properties = properties.with_message_id(short(message.id.as_str())?);
+    }
+    if let Some(id) = &message.correlation_id {
+        properties = properties.with_correlation_id(short(id.as_str())?);
+    }
+    if let Some(queue) = &message.reply_to {
+        properties = properties.with_reply_to(short(queue.as_str())?);
+    }
+    if !message.headers.is_empty() {
+        let mut headers = FieldTable::default();
+        for (name, value) in &message.headers {
+            headers.insert(short(name.as_str())?, AMQPValue::LongString(value.as_str().into()));
+        }
+        properties = properties.with_headers(headers);
+    }
+    Ok(properties)
+}
+
+/// A message that came in, and whether someone has had it before.
+pub fn from_delivery(delivery: &mut lapin::message::Delivery) -> (Message, bool) {
+    let text = |value: &Option<ShortString>| value.as_ref().map(|text| text.as_str().to_owned());
+    let properties = &delivery.properties;
+    let mut headers: BTreeMap<String, String> = properties
+        .headers()
+        .iter()
+        .flat_map(|table| table.inner())
+        .filter_map(|(name, value)| Some((name.as_str().to_owned(), printed(value)?)))
+        .collect();
+    // The broker's own bookkeeping, not the sender's.
+    let delivered_before = headers.remove(DELIVERY_COUNT).is_some_and(|count| count != "0");
+    let message = Message {
+        id: text(properties.message_id()).unwrap_or_default(),
+        correlation_id: text(properties.correlation_id()),
+        reply_to: text(properties.reply_to()),
+        user_id: text(properties.user_id()),
+        headers,
+        body: Bytes::from(std::mem::take(&mut delivery.data)),
+    };
+    (message, delivery.redelivered || delivered_before)
+}
+
+fn printed(value: &AMQPValue) -> Option<String> {
+    Some(match value {
+        AMQPValue::LongString(text) => String::from_utf8(text.as_bytes().to_vec()).ok()?,
+        AMQPValue::ShortString(text) => text.to_string(),
+        AMQPValue::Boolean(v) => v.to_string(),
+        AMQPValue::ShortShortInt(v) => v.to_string(),
+        AMQPValue::ShortShortUInt(v) => v.to_string(),
+        AMQPValue::ShortInt(v) => v.to_string(),
+        AMQPValue::ShortUInt(v) => v.to_string(),
+        AMQPValue::LongInt(v) => v.to_string(),
+        AMQPValue::LongUInt(v) => v.to_string(),
+        AMQPValue::LongLongInt(v) => v.to_string(),
+        AMQPValue::Timestamp(v) => v.to_string(),
+        AMQPValue::Float(v) => v.to_string(),
+        AMQPValue::Double(v) => v.to_string(),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_amqp_cannot_carry_are_refused() {
+        let message = Message { id: "x".repeat(256), ..Default::default() };
+        assert!(to_properties(&message, true).is_err());
+        let message = Message { id: "x".repeat(255), ..Default::default() };
+        assert!(to_properties(&message, true).is_ok());
+    }
+}
