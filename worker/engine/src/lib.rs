@@ -4,7 +4,17 @@
 //! one batch of [`Event`]s per decoding step.
 
 mod api;
+mod detokenize;
 mod load;
+mod sampler;
+mod stop;
+#[allow(dead_code, unused_imports)] // until safetensors and templates, which use the rest, are here
+mod tokenizer;
+pub mod weights;
 
 pub use api::*;
+pub use detokenize::Detokenizer;
 pub use load::*;
+pub use sampler::{TokenCounts, argmax, sample, uniform};
+pub use stop::StopMatcher;
+pub use tokenizer::Tokenizer;

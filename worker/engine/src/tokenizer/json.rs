@@ -1,0 +1,74 @@
+//! A tokenizer from a Hugging Face directory: `tokenizer.json`, and what other files say about special tokens.
+
+use serde_json::Value;
+
+use super::{Begin, Encoder, TokenKind, Tokenizer, byte_level_piece, byte_token, spm_piece};
+use crate::weights::Fault;
+
+/// What the files beside `tokenizer.json` say.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Special {
+    /// Text of the begin-of-text token.
+    pub bos: Option<String>,
+    /// Text of the end-of-text token.
+    pub eos: Option<String>,
+    /// Whether a text begins with the begin-of-text token; `None`: as the post-processor does.
+    pub add_bos: Option<bool>,
+    /// Tokens that end a generation.
+    pub end: Vec<u32>,
+}
+
+/// Builds the tokenizer of a `tokenizer.json`. `limit`: rows of the model's embedding; tokens beyond it are not known.
+pub(crate) fn from_json(bytes: &[u8], special: &Special, limit: usize) -> Result<Tokenizer, Fault> {
+    let bad = |e: &dyn std::fmt::Display| Fault::Malformed(format!("tokenizer.json: {e}"));
+    let mut json: Value = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
+    if json.pointer("/model/continuing_subword_prefix").and_then(Value::as_str).is_some_and(|p| !p.is_empty())
+    {
+        return Err(Fault::Unsupported("tokenizer.json: a prefix for words' continuations".into()));
+    }
+    let within = |token: &Value| token["id"].as_u64().is_some_and(|id| id < limit as u64);
+    if let Some(added) = json["added_tokens"].as_array_mut() {
+        added.retain(within);
+    }
+    let byte_level = mentions(&json["decoder"], "ByteLevel");
+    let mut library: tokenizers::Tokenizer = serde_json::from_value(json).map_err(|e| bad(&e))?;
+    // A prompt that does not fit is refused, not cut.
+    library.with_truncation(None).map_err(|e| bad(&e))?;
+    library.with_padding(None);
+
+    let vocab = library.get_vocab(true);
+    let size = vocab.values().max().map_or(0, |id| *id as usize + 1);
+    if size > limit {
+        return Err(bad(&format!("token {} is beyond the model's embedding of {limit} rows", size - 1)));
+    }
+    let added = library.get_added_tokens_decoder();
+    let mut tokens = vec![("", TokenKind::Unused); size];
+    for (name, id) in &vocab {
+        let kind = match added.get(id) {
+            Some(token) if token.special => TokenKind::Control,
+            _ if !byte_level && byte_token(name).is_some() => TokenKind::Byte,
+            Some(_) if byte_level => TokenKind::UserDefined,
+            _ => TokenKind::Normal,
+        };
+        tokens[*id as usize] = (name, kind);
+    }
+
+    let id = |name: &Option<String>| name.as_ref().and_then(|name| library.token_to_id(name));
+    let bos = id(&special.bos);
+    let begins = |bos| library.encode("", true).is_ok_and(|e| e.get_ids().first() == Some(&bos));
+    let wanted = special.add_bos.unwrap_or_else(|| bos.is_some_and(begins));
+    let begin = Begin { token: bos, wanted };
+    let end = special.end.iter().copied().chain(id(&special.eos)).filter(|id| (*id as usize) < size);
+    let piece = if byte_level { byte_level_piece } else { spm_piece };
+    let end: Vec<u32> = end.collect();
+    let mut tokenizer = Tokenizer::new(Encoder::Json(library.clone().into()), &tokens, piece, begin, end)?;
+    tokenizer.bos_text = special.bos.clone().unwrap_or_default();
+    tokenizer.eos_text = special.eos.clone().unwrap_or_default();
+    Ok(tokenizer)
+}
+
+/// Whether a part of a pipeline is of a type, or a sequence that has one of it.
+fn mentions(part: &Value, kind: &str) -> bool {
+    part["type"] == kind
+        || part["decoders"].as_array().is_some_and(|all| all.iter().any(|d| mentions(d, kind)))
+}

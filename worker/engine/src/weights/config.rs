@@ -1,0 +1,233 @@
+//! What a model is made of: sizes and the choices that tell one architecture from another.
+
+use super::Fault;
+use super::gguf::Gguf;
+
+/// Which coordinates rotary position embedding turns together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// `(2i, 2i + 1)`: GGUF files of the `llama` architecture, whose query and key rows were permuted for it.
+    Interleaved,
+    /// `(i, i + head_dim / 2)`: the others.
+    Half,
+}
+
+/// The feed-forward network's gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// GELU in its tanh approximation.
+    GeluTanh,
+}
+
+/// A decoder-only transformer with RMS norms, rotary positions, grouped-query attention and a gated feed-forward network.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// `llama`, `qwen2`, `qwen3` or `gemma3`. Mistral, SmolLM2 and TinyLlama are `llama`.
+    pub architecture: String,
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head; even. `heads · head_dim` need not be `hidden`.
+    pub head_dim: usize,
+    /// Width of the feed-forward network.
+    pub ffn: usize,
+    /// Rows of the embedding.
+    pub vocab: usize,
+    /// Context length that the model was trained for, tokens.
+    pub context: usize,
+    /// Base of the rotary frequencies: pair `i` turns by `position · base^(−2i / head_dim)`.
+    pub rope_base: f32,
+    /// Base in the layers with a sliding window, where it is another.
+    pub rope_base_local: Option<f32>,
+    /// Which coordinates are turned together.
+    pub rope_style: RopeStyle,
+    /// What the angle of each pair is divided by (Llama 3's scaling, linear scaling); `head_dim / 2` of them. Not applied in
+    /// layers that use `rope_base_local`.
+    pub rope_factors: Option<Vec<f32>>,
+    /// Added to the mean square in RMS norms.
+    pub norm_eps: f32,
+    /// The output projection is the embedding.
+    pub tied_embeddings: bool,
+    /// Query, key and value projections have biases.
+    pub qkv_bias: bool,
+    /// Queries and keys are RMS-normalised per head.
+    pub qk_norm: bool,
+    /// The outputs of attention and feed-forward network are RMS-normalised too (Gemma).
+    pub post_norms: bool,
+    /// A token sees only so many positions, its own included, in the layers that [`ModelConfig::is_local`] names.
+    pub sliding_window: Option<usize>,
+    /// Every so-many-th layer has no sliding window; `None`: all have one (if there is one at all).
+    pub sliding_pattern: Option<usize>,
+    /// The gate's function.
+    pub activation: Activation,
+    /// What embeddings are multiplied by: 1, or the root of `hidden` (Gemma).
+    pub embedding_scale: f32,
+    /// What the products of queries and keys are multiplied by.
+    pub attention_scale: f32,
+}
+
+/// Architectures that run.
+const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
+
+impl ModelConfig {
+    /// Whether a layer has the sliding window.
+    pub fn is_local(&self, layer: usize) -> bool {
+        self.sliding_window.is_some() && self.sliding_pattern.is_none_or(|n| !(layer + 1).is_multiple_of(n))
+    }
+
+    /// What an architecture fixes, with sizes still to be filled in.
+    pub(super) fn of_architecture(architecture: &str) -> Result<Self, Fault> {
+        if !ARCHITECTURES.contains(&architecture) {
+            return Err(Fault::Unsupported(format!(
+                "architecture {architecture:?}; supported are {}",
+                ARCHITECTURES.join(", ")
+            )));
+        }
+        let gemma = architecture == "gemma3";
+        Ok(Self {
+            architecture: architecture.into(),
+            layers: 0,
+            hidden: 0,
+            heads: 0,
+            kv_heads: 0,
+            head_dim: 0,
+            ffn: 0,
+            vocab: 0,
+            context: 0,
+            rope_base: if gemma { 1e6 } else { 1e4 },
+            rope_base_local: gemma.then_some(1e4),
+            rope_style: RopeStyle::Half,
+            rope_factors: None,
+            norm_eps: 0.0,
+            tied_embeddings: false,
+            qkv_bias: false,
+            qk_norm: matches!(architecture, "qwen3" | "gemma3"),
+            post_norms: gemma,
+            sliding_window: None,
+            sliding_pattern: gemma.then_some(6),
+            activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+            embedding_scale: 1.0,
+            attention_scale: 0.0,
+        })
+    }
+
+    /// From GGUF metadata. Llama 3's rope factors are a tensor, which the caller adds.
+    pub(super) fn from_gguf(gguf: &Gguf, data: &[u8]) -> Result<Self, Fault> {
+        let Some(arch) = gguf.str(data, "general.architecture") else {
+            return Err(Fault::Malformed("metadata has no general.architecture".into()));
+        };
+        let mut c = Self::of_architecture(arch)?;
+        let key = |name: &str| format!("{arch}.{name}");
+        let size = |name: &str| size(name, gguf.uint(&key(name)));
+        c.layers = size("block_count")?;
+        c.hidden = size("embedding_length")?;
+        c.ffn = size("feed_forward_length")?;
+        c.context = size("context_length")?;
+        c.heads = size("attention.head_count")?;
+        c.kv_heads = match gguf.has_key(&key("attention.head_count_kv")) {
+            true => size("attention.head_count_kv")?,
+            false => c.heads,
+        };
+        c.head_dim = match gguf.has_key(&key("attention.key_length")) {
+            true => size("attention.key_length")?,
+            false => c.hidden / c.heads,
+        };
+        for name in ["attention.value_length", "rope.dimension_count"] {
+            if gguf.uint(&key(name)).is_some_and(|n| n != c.head_dim as u64) {
+                return Err(Fault::Unsupported(format!("{} differs from the heads' width", key(name))));
+            }
+        }
+        if gguf.uint(&key("expert_count")).is_some_and(|n| n > 0) {
+            return Err(Fault::Unsupported("a mixture of experts".into()));
+        }
+        if let Some(base) = gguf.float(&key("rope.freq_base")) {
+            c.rope_base = base as f32;
+        }
+        if let (Some(base), Some(local)) = (gguf.float(&key("rope.freq_base_swa")), &mut c.rope_base_local) {
+            *local = base as f32;
+        }
+        c.rope_style = if arch == "llama" { RopeStyle::Interleaved } else { RopeStyle::Half };
+        c.norm_eps = gguf.float(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-5) as f32;
+        if arch == "gemma3" {
+            c.sliding_window = gguf.uint(&key("attention.sliding_window")).map(|n| n as usize);
+        }
+        let mut c = c.finish(None)?;
+        let scaling = gguf.str(data, &key("rope.scaling.type")).unwrap_or("none");
+        c.scale_positions(scaling, gguf.float(&key("rope.scaling.factor")))?;
+        Ok(c)
+    }
+
+    /// Linear position scaling, or none.
+    pub(super) fn scale_positions(&mut self, kind: &str, factor: Option<f64>) -> Result<(), Fault> {
+        match (kind, factor) {
+            ("none" | "default", _) => Ok(()),
+            ("linear", Some(factor)) if factor >= 1.0 => {
+                self.rope_factors = Some(vec![factor as f32; self.head_dim / 2]);
+                Ok(())
+            }
+            ("linear", _) => Err(Fault::Malformed("linear position scaling without a factor".into())),
+            (other, _) => Err(Fault::Unsupported(format!("position scaling {other:?}"))),
+        }
+    }
+
+    /// Fills in what follows from the sizes, and checks that they make sense. `query_scalar`: what attention divides by
+    /// the root of, if not the heads' width.
+    pub(super) fn finish(mut self, query_scalar: Option<f64>) -> Result<Self, Fault> {
+        // Far above any model, and low enough that products of any three of them can't overflow.
+        let limits = [
+            ("layers", self.layers, 1 << 12),
+            ("hidden size", self.hidden, 1 << 18),
+            ("heads", self.heads, 1 << 12),
+            ("key and value heads", self.kv_heads, 1 << 12),
+            ("head width", self.head_dim, 1 << 12),
+            ("feed-forward size", self.ffn, 1 << 20),
+            ("context", self.context, 1 << 28),
+        ];
+        for (what, n, limit) in limits {
+            if !(1..=limit).contains(&n) {
+                return Err(Fault::Malformed(format!("{what}: {n} is not from 1 to {limit}")));
+            }
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(Fault::Malformed(format!(
+                "{} heads can't share {} key and value heads",
+                self.heads, self.kv_heads
+            )));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(Fault::Malformed(format!("heads of odd width {}", self.head_dim)));
+        }
+        if self.sliding_window == Some(0) {
+            return Err(Fault::Malformed("a sliding window of 0".into()));
+        }
+        for (what, x) in [("rope base", self.rope_base), ("norm epsilon", self.norm_eps)] {
+            if !(x.is_finite() && x > 0.0) {
+                return Err(Fault::Malformed(format!("{what} is {x}")));
+            }
+        }
+        if self.architecture == "gemma3" {
+            self.embedding_scale = (self.hidden as f32).sqrt();
+        }
+        // The 27B model alone divides by the width that heads would have if they made up the residual stream.
+        let big_gemma = self.architecture == "gemma3" && self.layers == 62;
+        let derived = if big_gemma { self.hidden / self.heads } else { self.head_dim };
+        self.attention_scale = 1.0 / (query_scalar.unwrap_or(derived as f64) as f32).sqrt();
+        Ok(self)
+    }
+}
+
+/// A size that must be there; bounds are checked later.
+fn size(name: &str, value: Option<u64>) -> Result<usize, Fault> {
+    match value.map(usize::try_from) {
+        Some(Ok(n)) if n > 0 => Ok(n),
+        Some(_) => Err(Fault::Malformed(format!("metadata: {name} is out of range"))),
+        None => Err(Fault::Malformed(format!("metadata: {name} is missing or no number"))),
+    }
+}
