@@ -32,6 +32,12 @@ impl Mailbox {
         self.notices.is_closed()
     }
 
+    /// Resolves once the subscriber is gone.
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
+        let notices = self.notices.clone();
+        async move { notices.closed().await }
+    }
+
     /// Delivers frames, or notes that they were dropped.
     pub fn deliver(&mut self, frames: Vec<Frame>) {
         if self.notices.capacity() > 1 {
