@@ -213,7 +213,7 @@ impl Bus for EmbeddedBus {
         let expires = Instant::now() + ttl;
         for key in keys {
             if let Some(log) = state.log(*key) {
-                log.expires = expires;
+                log.expires = log.expires.min(expires);
             }
         }
         Ok(())

@@ -191,7 +191,7 @@ pub trait Bus: Send + Sync + 'static {
     /// Reads a log; `None` if there is none.
     async fn read_log(&self, key: Uuid) -> PortResult<Option<ReplayLog>>;
 
-    /// Makes logs of ended jobs expire early.
+    /// Makes logs of ended jobs expire early; none expires later than it would have.
     async fn expire_logs(&self, keys: &[Uuid], ttl: Duration) -> PortResult<()>;
 
     /// Subscribes to a token channel. Returns once the subscription stands; it outlives reconnections.
