@@ -5,6 +5,7 @@
 
 mod api;
 mod detokenize;
+pub mod kernels;
 mod load;
 mod sampler;
 mod stop;

@@ -1,0 +1,215 @@
+//! Attention of a ragged batch over a paged cache: each row attends to the cached positions of its own sequence.
+//!
+//! Scores of a chunk of positions are computed, turned into weights and applied to the values while they are in the
+//! first-level cache; chunks are joined by rescaling (the online softmax of FlashAttention). Chunks are of fixed size and
+//! joined in order, so a row's result does not depend on the rows beside it, on how the work is split, or on threads.
+//! Rows of one sequence are taken sixteen at a time, and query heads that share a key head together, so that keys and
+//! values are read once for all of them. A few rows over a long context are split by chunks among the threads.
+
+mod chunk;
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::cache::{Element, KvShape, Rows};
+use super::pack::Shared;
+use super::pool::{Pool, share};
+use chunk::{CHUNK, Scratch, run_chunk};
+
+/// Rows of one sequence that are taken together.
+const TILE_ROWS: usize = 16;
+
+/// What attention is to be computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads: a multiple of the cache's heads; consecutive ones share a head of the cache.
+    pub heads: usize,
+    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// A row attends to this many positions, its own included; `None`: to all.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+}
+
+/// Rows of one sequence, with one head of the cache.
+struct Unit {
+    rows: Range<usize>,
+    kv_head: usize,
+    /// Chunks of positions that any of the rows attends to.
+    chunks: Range<usize>,
+}
+
+/// What the threads need to know.
+#[derive(Clone, Copy)]
+pub(super) struct Problem<'a, E> {
+    spec: &'a AttentionSpec,
+    shape: &'a KvShape,
+    keys: &'a [E],
+    values: &'a [E],
+    rows: &'a Rows<'a>,
+    q: &'a [f32],
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static PARTIAL: RefCell<Vec<f32>> = RefCell::default();
+}
+
+/// `out = softmax(q K^T) V`; `q` and `out` are `[rows, heads * head_dim]`, queries are rotated, and the rows' own keys and
+/// values are already in the cache.
+///
+/// # Panics
+/// If lengths, heads or positions do not fit.
+#[allow(clippy::too_many_arguments)]
+pub fn attention<E: Element>(
+    pool: &Pool,
+    spec: &AttentionSpec,
+    shape: &KvShape,
+    keys: &[E],
+    values: &[E],
+    rows: &Rows<'_>,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    assert!(
+        shape.heads > 0 && spec.heads.is_multiple_of(shape.heads),
+        "{} heads on {}",
+        spec.heads,
+        shape.heads
+    );
+    assert!(spec.window != Some(0));
+    let width = spec.heads * shape.head_dim;
+    assert_eq!(q.len(), rows.len() * width);
+    assert_eq!(out.len(), q.len());
+    let blocks = keys.len() / shape.key_block();
+    assert!(values.len() / shape.value_block() >= blocks);
+    rows.check(shape, blocks);
+    let problem = Problem { spec, shape, keys, values, rows, q };
+    let units = units(&problem);
+    let chunks: usize = units.iter().map(|unit| unit.chunks.len()).sum();
+    let out = Shared(out.as_mut_ptr());
+    if pool.threads() > 1 && units.len() < 4 * pool.threads() && chunks > units.len() {
+        by_chunks(pool, &problem, &units, chunks, out);
+    } else {
+        // The costliest units are usually the last, so they are begun first.
+        pool.run(units.len(), |index| by_unit(pool, &problem, &units[units.len() - 1 - index], out));
+    }
+}
+
+fn units<E>(problem: &Problem<'_, E>) -> Vec<Unit> {
+    let rows = problem.rows;
+    let mut units = Vec::new();
+    let mut first = 0;
+    while first < rows.len() {
+        let same = |&row: &usize| rows.sequences[row] == rows.sequences[first];
+        let last = (first..rows.len().min(first + TILE_ROWS)).take_while(same).last().unwrap_or(first);
+        let spans = (first..last + 1).map(|row| problem.span(row));
+        let (start, end) = spans.fold((usize::MAX, 0), |(s, e), span| (s.min(span.start), e.max(span.end)));
+        for kv_head in 0..problem.shape.heads {
+            units.push(Unit { rows: first..last + 1, kv_head, chunks: start / CHUNK..end.div_ceil(CHUNK) });
+        }
+        first = last + 1;
+    }
+    units
+}
+
+impl<E> Problem<'_, E> {
+    /// Positions that a row attends to.
+    fn span(&self, row: usize) -> Range<usize> {
+        let end = self.rows.positions[row] as usize + 1;
+        end - self.spec.window.map_or(end, |window| window.min(end))..end
+    }
+
+    /// Query heads that share a head of the cache.
+    fn sharing(&self) -> usize {
+        self.spec.heads / self.shape.heads
+    }
+
+    /// Where the output of query `query` (row by row, then head by head) of a unit begins.
+    fn place(&self, unit: &Unit, query: usize) -> usize {
+        let sharing = self.sharing();
+        let row = unit.rows.start + query / sharing;
+        (row * self.spec.heads + unit.kv_head * sharing + query % sharing) * self.shape.head_dim
+    }
+
+    fn queries(&self, unit: &Unit) -> usize {
+        unit.rows.len() * self.sharing()
+    }
+}
+
+/// All chunks of a unit on one thread.
+fn by_unit<E: Element>(pool: &Pool, problem: &Problem<'_, E>, unit: &Unit, out: Shared<f32>) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.begin(problem, unit);
+        for chunk in unit.chunks.clone() {
+            run_chunk(pool.isa(), problem, unit, chunk, scratch);
+        }
+        for query in 0..problem.queries(unit) {
+            finish(problem, unit, query, scratch.state(query), out);
+        }
+    });
+}
+
+/// Chunks spread over the threads, their results joined afterwards, in the order in which one thread would have.
+fn by_chunks<E: Element>(
+    pool: &Pool,
+    problem: &Problem<'_, E>,
+    units: &[Unit],
+    chunks: usize,
+    out: Shared<f32>,
+) {
+    let state = problem.shape.value_dim() + 2;
+    let tasks: Vec<(&Unit, usize)> =
+        units.iter().flat_map(|unit| unit.chunks.clone().map(move |chunk| (unit, chunk))).collect();
+    let most = units.iter().map(|unit| problem.queries(unit)).max().unwrap_or(0);
+    PARTIAL.with_borrow_mut(|partial| {
+        partial.resize(chunks * most * state, 0.0);
+        let parts = Shared(partial.as_mut_ptr());
+        let runs = chunks.min(8 * pool.threads());
+        pool.run(runs, |run| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                for task in share(chunks, runs, run) {
+                    let (unit, chunk) = tasks[task];
+                    scratch.begin(problem, unit);
+                    run_chunk(pool.isa(), problem, unit, chunk, scratch);
+                    for query in 0..problem.queries(unit) {
+                        let from = scratch.state(query);
+                        // SAFETY: a range of its own for each task and query, within `partial`.
+                        let to = unsafe {
+                            std::slice::from_raw_parts_mut(parts.at((task * most + query) * state), state)
+                        };
+                        to.copy_from_slice(from);
+                    }
+                }
+            });
+        });
+        let mut joined = vec![0.0; state];
+        let mut task = 0;
+        for unit in units {
+            for query in 0..problem.queries(unit) {
+                chunk::clear(&mut joined);
+                for index in 0..unit.chunks.len() {
+                    let part = &partial[((task + index) * most + query) * state..][..state];
+                    chunk::join(pool.isa(), &mut joined, part);
+                }
+                finish(problem, unit, query, &joined, out);
+            }
+            task += unit.chunks.len();
+        }
+    });
+}
+
+/// Writes a query's output: its weighted sum over the sum of its weights.
+fn finish<E>(problem: &Problem<'_, E>, unit: &Unit, query: usize, state: &[f32], out: Shared<f32>) {
+    let dim = problem.shape.head_dim;
+    // SAFETY: the output of a query belongs to one unit, and a unit to one task; `place` is within `out`.
+    let out = unsafe { std::slice::from_raw_parts_mut(out.at(problem.place(unit, query)), dim) };
+    let factor = 1.0 / state[1];
+    for (out, value) in out.iter_mut().zip(&state[2..]) {
+        *out = value * factor;
+    }
+}
+
+#[cfg(test)]
+mod tests;

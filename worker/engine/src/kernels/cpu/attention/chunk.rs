@@ -1,0 +1,349 @@
+//! One chunk of positions for the queries of a unit.
+
+use std::ops::Range;
+
+use super::{Problem, Unit};
+use crate::kernels::cpu::cache::Element;
+use crate::kernels::cpu::lanes::{Lanes, on_isa};
+
+/// Positions of a chunk.
+pub(super) const CHUNK: usize = 256;
+/// Queries that are computed together: as many as registers can hold sums for.
+const QUERIES: usize = 6;
+/// Positions and dimensions of a vector.
+const WIDTH: usize = 16;
+
+/// A thread's memory for one unit.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// Scaled queries `[query][head_dim]`.
+    queries: Vec<f32>,
+    /// Per query its state so far: largest score, sum of weights, weighted sum of values.
+    states: Vec<f32>,
+    /// The same, of the current chunk.
+    current: Vec<f32>,
+    /// Scores, then weights, `[query][CHUNK]`.
+    weights: Vec<f32>,
+    state: usize,
+}
+
+impl Scratch {
+    /// Gets ready for a unit.
+    pub fn begin<E>(&mut self, problem: &Problem<'_, E>, unit: &Unit) {
+        let (dim, count) = (problem.shape.head_dim, problem.queries(unit));
+        self.state = problem.shape.value_dim() + 2;
+        self.queries.clear();
+        for query in 0..count {
+            let place = problem.place(unit, query);
+            self.queries.extend(problem.q[place..place + dim].iter().map(|q| q * problem.spec.scale));
+        }
+        self.states.resize(count * self.state, 0.0);
+        self.states.chunks_exact_mut(self.state).for_each(clear);
+        self.current.resize(QUERIES * self.state, 0.0);
+        self.weights.resize(QUERIES * CHUNK, 0.0);
+    }
+
+    /// State of a query: largest score, sum of weights, weighted sum of values.
+    pub fn state(&self, query: usize) -> &[f32] {
+        &self.states[query * self.state..][..self.state]
+    }
+}
+
+/// The state of a query that has seen no position.
+pub(super) fn clear(state: &mut [f32]) {
+    state.fill(0.0);
+    state[0] = f32::NEG_INFINITY;
+}
+
+on_isa!(
+    /// Adds what `part` has seen to `state`.
+    pub(super) fn join(state: &mut [f32], part: &[f32]) = join_body
+);
+
+#[inline(always)]
+fn join_body<L: Lanes>(state: &mut [f32], part: &[f32]) {
+    let largest = state[0].max(part[0]);
+    if largest == f32::NEG_INFINITY {
+        return;
+    }
+    // Of the two factors one is 1, so the first part joined to an empty state is taken over as it is.
+    let factors = L::from_array(&std::array::from_fn(|i| match i {
+        0 => state[0] - largest,
+        1 => part[0] - largest,
+        _ => 0.0,
+    }))
+    .exp()
+    .to_array();
+    let (old, new) = (L::splat(factors[0]), L::splat(factors[1]));
+    state[0] = largest;
+    state[1] = state[1] * factors[0] + part[1] * factors[1];
+    for (state, part) in state[2..].chunks_exact_mut(WIDTH).zip(part[2..].chunks_exact(WIDTH)) {
+        // SAFETY: both are 16 values.
+        unsafe {
+            let kept = L::load(state.as_ptr()).mul(old);
+            L::load(part.as_ptr()).mul_add(new, kept).store(state.as_mut_ptr());
+        }
+    }
+}
+
+on_isa!(
+    /// Adds the positions of chunk `chunk` to the states of a unit's queries.
+    pub(super) fn run_chunk<E: Element>(problem: &Problem<'_, E>, unit: &Unit, chunk: usize, scratch: &mut Scratch)
+        = run_chunk_body
+);
+
+#[inline(always)]
+fn run_chunk_body<L: Lanes, E: Element>(
+    problem: &Problem<'_, E>,
+    unit: &Unit,
+    chunk: usize,
+    scratch: &mut Scratch,
+) {
+    let count = problem.queries(unit);
+    let most = if L::REGISTERS >= 32 { QUERIES } else { 2 };
+    let mut first = 0;
+    while first < count {
+        // Even batches: 8 queries are better split 4 + 4 than 6 + 2.
+        let left = count - first;
+        let batch = left.div_ceil(left.div_ceil(most));
+        match batch {
+            1 => run_batch::<L, E, 1>(problem, unit, chunk, first, scratch),
+            2 => run_batch::<L, E, 2>(problem, unit, chunk, first, scratch),
+            3 => run_batch::<L, E, 3>(problem, unit, chunk, first, scratch),
+            4 => run_batch::<L, E, 4>(problem, unit, chunk, first, scratch),
+            5 => run_batch::<L, E, 5>(problem, unit, chunk, first, scratch),
+            _ => run_batch::<L, E, 6>(problem, unit, chunk, first, scratch),
+        }
+        first += batch;
+    }
+}
+
+#[inline(always)]
+fn run_batch<L: Lanes, E: Element, const Q: usize>(
+    problem: &Problem<'_, E>,
+    unit: &Unit,
+    chunk: usize,
+    first: usize,
+    scratch: &mut Scratch,
+) {
+    // Positions that each query attends to, and all of them together; counted from the chunk's start.
+    let spans: [Range<usize>; Q] = std::array::from_fn(|q| {
+        let span = problem.span(unit.rows.start + (first + q) / problem.sharing());
+        let clip = |p: usize| p.clamp(chunk * CHUNK, (chunk + 1) * CHUNK) - chunk * CHUNK;
+        clip(span.start)..clip(span.end)
+    });
+    let of = |pick: fn(&Range<usize>) -> usize| spans.iter().filter(|s| !s.is_empty()).map(pick);
+    let (Some(start), Some(end)) = (of(|s| s.start).min(), of(|s| s.end).max()) else { return };
+    let whole = start / WIDTH..end.div_ceil(WIDTH);
+    let pages = Pages { problem, table: problem.table(unit), kv_head: unit.kv_head, chunk };
+
+    // Two vectors of positions at a time, so that additions need not wait for each other.
+    let queries = &scratch.queries[first * problem.shape.head_dim..][..Q * problem.shape.head_dim];
+    let mut v = whole.start;
+    while v < whole.end {
+        // SAFETY: vectors `v` and `v + 1` hold positions that `Rows::check` found blocks for.
+        unsafe {
+            if v + 1 < whole.end {
+                let keys = [pages.keys(v), pages.keys(v + 1)];
+                scores::<L, E, Q, 2>(queries, keys, problem.shape.block, &mut scratch.weights, v);
+                v += 2;
+            } else {
+                scores::<L, E, Q, 1>(queries, [pages.keys(v)], problem.shape.block, &mut scratch.weights, v);
+                v += 1;
+            }
+        }
+    }
+    for (q, span) in spans.iter().enumerate() {
+        let weights = &mut scratch.weights[q * CHUNK..][..CHUNK];
+        let current = &mut scratch.current[q * scratch.state..][..2];
+        (current[0], current[1]) = softmax::<L>(weights, span, &whole, problem.spec.softcap);
+    }
+    let slab = if L::REGISTERS >= 32 { 4 } else { 2 };
+    let vectors = problem.shape.value_dim() / WIDTH;
+    for at in (0..vectors).step_by(slab) {
+        // SAFETY: as above, and the slab's vectors are within a value.
+        unsafe {
+            match slab.min(vectors - at) {
+                1 => values::<L, E, Q, 1>(&pages, start..end, at, scratch),
+                2 => values::<L, E, Q, 2>(&pages, start..end, at, scratch),
+                3 => values::<L, E, Q, 3>(&pages, start..end, at, scratch),
+                _ => values::<L, E, Q, 4>(&pages, start..end, at, scratch),
+            }
+        }
+    }
+    for (q, _) in spans.iter().enumerate().filter(|(_, span)| !span.is_empty()) {
+        let state = &mut scratch.states[(first + q) * scratch.state..][..scratch.state];
+        join_body::<L>(state, &scratch.current[q * scratch.state..][..scratch.state]);
+    }
+}
+
+/// Finds the positions of a chunk in the cache.
+struct Pages<'a, E> {
+    problem: &'a Problem<'a, E>,
+    table: &'a [u32],
+    kv_head: usize,
+    chunk: usize,
+}
+
+impl<E> Problem<'_, E> {
+    fn table(&self, unit: &Unit) -> &[u32] {
+        self.rows.tables[self.rows.sequences[unit.rows.start] as usize]
+    }
+}
+
+impl<E: Element> Pages<'_, E> {
+    /// Block and place in it of the first position of vector `v`.
+    #[inline(always)]
+    fn find(&self, v: usize) -> (usize, usize) {
+        let position = self.chunk * CHUNK + v * WIDTH;
+        (self.table[position / self.problem.shape.block] as usize, position % self.problem.shape.block)
+    }
+
+    /// Keys of the 16 positions of vector `v`; dimensions are a block's positions apart.
+    #[inline(always)]
+    fn keys(&self, v: usize) -> *const E {
+        let (block, place) = self.find(v);
+        let shape = self.problem.shape;
+        let at = block * shape.key_block() + self.kv_head * shape.head_dim * shape.block + place;
+        self.problem.keys[at..].as_ptr()
+    }
+
+    /// Values of the 16 positions of vector `v`, one after the other.
+    #[inline(always)]
+    fn values(&self, v: usize) -> *const E {
+        let (block, place) = self.find(v);
+        let shape = self.problem.shape;
+        let at = block * shape.value_block() + (self.kv_head * shape.block + place) * shape.value_dim();
+        self.problem.values[at..].as_ptr()
+    }
+}
+
+/// Scores of `Q` queries with `V` vectors of positions from vector `v` on.
+///
+/// # Safety
+/// Each pointer in `keys` is to 16 positions of a head's keys in a cache with `block` positions a block.
+#[inline(always)]
+unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
+    queries: &[f32],
+    keys: [*const E; V],
+    block: usize,
+    out: &mut [f32],
+    v: usize,
+) {
+    let dim = queries.len() / Q;
+    let mut sums = [[L::splat(0.0); V]; Q];
+    for d in 0..dim {
+        // SAFETY: the caller's promise; queries are `Q * dim`.
+        unsafe {
+            let keys: [L; V] = std::array::from_fn(|i| E::load(keys[i].add(d * block)));
+            for (q, sums) in sums.iter_mut().enumerate() {
+                let query = L::splat(*queries.get_unchecked(q * dim + d));
+                for (sum, key) in sums.iter_mut().zip(keys) {
+                    *sum = key.mul_add(query, *sum);
+                }
+            }
+        }
+    }
+    for (q, sums) in sums.into_iter().enumerate() {
+        for (i, sum) in sums.into_iter().enumerate() {
+            let at = q * CHUNK + (v + i) * WIDTH;
+            // SAFETY: 16 values.
+            unsafe { sum.store(out[at..at + WIDTH].as_mut_ptr()) }
+        }
+    }
+}
+
+/// Turns a query's scores at `span` into weights, and everything else in the vectors `whole` into zeros. Returns the
+/// largest score and the sum of weights.
+#[inline(always)]
+fn softmax<L: Lanes>(
+    weights: &mut [f32],
+    span: &Range<usize>,
+    whole: &Range<usize>,
+    softcap: Option<f32>,
+) -> (f32, f32) {
+    let own = if span.is_empty() { 0..0 } else { span.start / WIDTH..span.end.div_ceil(WIDTH) };
+    for v in whole.clone().filter(|v| !own.contains(v)) {
+        weights[v * WIDTH..][..WIDTH].fill(0.0);
+    }
+    if own.is_empty() {
+        return (f32::NEG_INFINITY, 0.0);
+    }
+    if let Some(cap) = softcap {
+        for scores in weights[own.start * WIDTH..own.end * WIDTH].chunks_exact_mut(WIDTH) {
+            // SAFETY: 16 values.
+            unsafe { cap_scores(L::load(scores.as_ptr()), cap).store(scores.as_mut_ptr()) };
+        }
+    }
+    weights[own.start * WIDTH..span.start].fill(f32::NEG_INFINITY);
+    weights[span.end..own.end * WIDTH].fill(f32::NEG_INFINITY);
+    let weights = &mut weights[own.start * WIDTH..own.end * WIDTH];
+    let mut largest = L::splat(f32::NEG_INFINITY);
+    for scores in weights.chunks_exact(WIDTH) {
+        // SAFETY: as above.
+        largest = largest.max(unsafe { L::load(scores.as_ptr()) });
+    }
+    let largest = largest.largest();
+    let mut sum = L::splat(0.0);
+    for scores in weights.chunks_exact_mut(WIDTH) {
+        // SAFETY: as above.
+        unsafe {
+            let weight = L::load(scores.as_ptr()).sub(L::splat(largest)).exp();
+            sum = sum.add(weight);
+            weight.store(scores.as_mut_ptr());
+        }
+    }
+    (largest, sum.sum())
+}
+
+/// `cap * tanh(score / cap)`.
+#[inline(always)]
+fn cap_scores<L: Lanes>(score: L, cap: f32) -> L {
+    // tanh(x) = 1 - 2 / (e^2x + 1)
+    let e = score.mul(L::splat(2.0 / cap)).exp();
+    let tanh = L::splat(1.0).sub(L::splat(2.0).div(e.add(L::splat(1.0))));
+    tanh.mul(L::splat(cap))
+}
+
+/// Sums of values, weighted, for `S` vectors of dimensions from vector `at` on, into the current states.
+///
+/// # Safety
+/// The vectors are within a value; the chunk's positions `span` are in the cache.
+#[inline(always)]
+unsafe fn values<L: Lanes, E: Element, const Q: usize, const S: usize>(
+    pages: &Pages<'_, E>,
+    span: Range<usize>,
+    at: usize,
+    scratch: &mut Scratch,
+) {
+    let dim = pages.problem.shape.value_dim();
+    let weights = &scratch.weights[..Q * CHUNK];
+    let mut sums = [[L::splat(0.0); S]; Q];
+    let mut position = span.start;
+    while position < span.end {
+        let v = position / WIDTH;
+        let end = span.end.min((v + 1) * WIDTH);
+        let base = pages.values(v);
+        for p in position..end {
+            // SAFETY: the caller's promise; weights are `Q * CHUNK`, and `p < CHUNK`.
+            unsafe {
+                let from = base.add((p - v * WIDTH) * dim + at * WIDTH);
+                let values: [L; S] = std::array::from_fn(|i| E::load(from.add(i * WIDTH)));
+                for (q, sums) in sums.iter_mut().enumerate() {
+                    let weight = L::splat(*weights.get_unchecked(q * CHUNK + p));
+                    for (sum, value) in sums.iter_mut().zip(values) {
+                        *sum = value.mul_add(weight, *sum);
+                    }
+                }
+            }
+        }
+        position = end;
+    }
+    for (q, sums) in sums.into_iter().enumerate() {
+        for (i, sum) in sums.into_iter().enumerate() {
+            let to = q * scratch.state + 2 + (at + i) * WIDTH;
+            // SAFETY: 16 values.
+            unsafe { sum.store(scratch.current[to..to + WIDTH].as_mut_ptr()) }
+        }
+    }
+}

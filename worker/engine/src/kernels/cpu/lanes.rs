@@ -1,0 +1,427 @@
+//! Sixteen floats at once, on each instruction set, so that kernels of floats are written once.
+//!
+//! A kernel is a generic `#[inline(always)]` function over [`Lanes`], and is compiled once per instruction set by
+//! [`on_isa!`], inside a function that enables its features.
+
+use half::{bf16, f16};
+
+/// Sixteen lanes of f32. Loads and stores need no alignment.
+///
+/// Methods are safe to call only where the instruction set is there: in what [`on_isa!`] compiles.
+pub(super) trait Lanes: Copy {
+    /// How many of these the processor's registers hold.
+    const REGISTERS: usize;
+    fn splat(value: f32) -> Self;
+    fn from_array(values: &[f32; 16]) -> Self;
+    fn to_array(self) -> [f32; 16];
+    /// # Safety
+    /// 16 values at `from`.
+    unsafe fn load(from: *const f32) -> Self;
+    /// # Safety
+    /// 16 values at `from`.
+    unsafe fn load_f16(from: *const f16) -> Self;
+    /// # Safety
+    /// 16 values at `from`.
+    unsafe fn load_bf16(from: *const bf16) -> Self;
+    /// # Safety
+    /// Room for 16 values at `to`.
+    unsafe fn store(self, to: *mut f32);
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    fn max(self, other: Self) -> Self;
+    fn min(self, other: Self) -> Self;
+    /// `self * factor + addend`, rounded once where the processor can.
+    fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// 2 to the power of lanes that are integers from -126 to 127.
+    fn power_of_two(self) -> Self;
+
+    /// e to the power of each lane, to about one unit in the last place; 0 below -87.
+    #[inline(always)]
+    fn exp(self) -> Self {
+        let clamped = self.max(Self::splat(-87.3)).min(Self::splat(88.3));
+        // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the first with few bits so that its product is exact.
+        let magic = Self::splat(12_582_912.0);
+        let n = clamped.mul_add(Self::splat(std::f32::consts::LOG2_E), magic).sub(magic);
+        let r = n.mul_add(Self::splat(-0.693_359_4), clamped);
+        let r = n.mul_add(Self::splat(2.121_944_4e-4), r);
+        // Taylor's coefficients, adjusted to the interval (Cephes).
+        let mut p = Self::splat(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+            p = p.mul_add(r, Self::splat(c));
+        }
+        let e = p.mul_add(r.mul(r), r).add(Self::splat(1.0));
+        e.mul(n.power_of_two()).zero_below(self, -87.3)
+    }
+
+    /// Zero in the lanes where `of` is less than `limit`; a NaN stays.
+    fn zero_below(self, of: Self, limit: f32) -> Self;
+
+    /// Sum of the lanes, always in the same order.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut a = self.to_array();
+        for width in [8, 4, 2, 1] {
+            for i in 0..width {
+                a[i] += a[i + width];
+            }
+        }
+        a[0]
+    }
+
+    /// Largest lane.
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        let mut a = self.to_array();
+        for width in [8, 4, 2, 1] {
+            for i in 0..width {
+                a[i] = a[i].max(a[i + width]);
+            }
+        }
+        a[0]
+    }
+}
+
+/// The portable lanes: an array, for the compiler to vectorise.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Array([f32; 16]);
+
+impl Array {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Array(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+    }
+}
+
+impl Lanes for Array {
+    const REGISTERS: usize = 8;
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Array([value; 16])
+    }
+    #[inline(always)]
+    fn from_array(values: &[f32; 16]) -> Self {
+        Array(*values)
+    }
+    #[inline(always)]
+    fn to_array(self) -> [f32; 16] {
+        self.0
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise; arrays of floats need no more alignment than floats.
+        Array(unsafe { from.cast::<[f32; 16]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: the caller's promise.
+        Array(std::array::from_fn(|i| unsafe { from.add(i).read() }.to_f32()))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: the caller's promise.
+        Array(std::array::from_fn(|i| unsafe { from.add(i).read() }.to_f32()))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f32; 16]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        // Two roundings: where the target has no fused instruction, fusing is a library call per lane.
+        Array(std::array::from_fn(|i| self.0[i] * factor.0[i] + addend.0[i]))
+    }
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        Array(self.0.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23)))
+    }
+    #[inline(always)]
+    fn zero_below(self, of: Self, limit: f32) -> Self {
+        self.zip(of, |value, of| if of < limit { 0.0 } else { value })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{V256, V512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! Each method is a few instructions. They are unsafe to call without their features, which [`Lanes`] demands.
+    #![allow(clippy::undocumented_unsafe_blocks)]
+
+    use std::arch::x86_64::*;
+
+    use half::{bf16, f16};
+
+    use super::Lanes;
+
+    /// AVX-512.
+    #[derive(Clone, Copy)]
+    pub struct V512(__m512);
+
+    impl Lanes for V512 {
+        const REGISTERS: usize = 32;
+        #[inline(always)]
+        fn splat(value: f32) -> Self {
+            V512(unsafe { _mm512_set1_ps(value) })
+        }
+        #[inline(always)]
+        fn from_array(values: &[f32; 16]) -> Self {
+            V512(unsafe { _mm512_loadu_ps(values.as_ptr()) })
+        }
+        #[inline(always)]
+        fn to_array(self) -> [f32; 16] {
+            let mut out = [0.0; 16];
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) };
+            out
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            V512(unsafe { _mm512_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            V512(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            let wide = unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())) };
+            V512(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            V512(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            V512(unsafe { _mm512_sub_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            V512(unsafe { _mm512_mul_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            V512(unsafe { _mm512_div_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            V512(unsafe { _mm512_max_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn min(self, other: Self) -> Self {
+            V512(unsafe { _mm512_min_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn mul_add(self, factor: Self, addend: Self) -> Self {
+            V512(unsafe { _mm512_fmadd_ps(self.0, factor.0, addend.0) })
+        }
+        #[inline(always)]
+        fn power_of_two(self) -> Self {
+            V512(unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), self.0) })
+        }
+        #[inline(always)]
+        fn zero_below(self, of: Self, limit: f32) -> Self {
+            unsafe {
+                let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(of.0, _mm512_set1_ps(limit));
+                V512(_mm512_maskz_mov_ps(keep, self.0))
+            }
+        }
+    }
+
+    /// AVX2 with FMA and F16C.
+    #[derive(Clone, Copy)]
+    pub struct V256(__m256, __m256);
+
+    impl V256 {
+        #[inline(always)]
+        fn zip(self, other: Self, f: impl Fn(__m256, __m256) -> __m256) -> Self {
+            V256(f(self.0, other.0), f(self.1, other.1))
+        }
+    }
+
+    impl Lanes for V256 {
+        const REGISTERS: usize = 8;
+        #[inline(always)]
+        fn splat(value: f32) -> Self {
+            let all = unsafe { _mm256_set1_ps(value) };
+            V256(all, all)
+        }
+        #[inline(always)]
+        fn from_array(values: &[f32; 16]) -> Self {
+            unsafe { Self::load(values.as_ptr()) }
+        }
+        #[inline(always)]
+        fn to_array(self) -> [f32; 16] {
+            let mut out = [0.0; 16];
+            unsafe { self.store(out.as_mut_ptr()) };
+            out
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { V256(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            let eight = |at: usize| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.add(at).cast())) };
+            V256(eight(0), eight(8))
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            let eight = |at: usize| unsafe {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(at).cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            };
+            V256(eight(0), eight(8))
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(to, self.0);
+                _mm256_storeu_ps(to.add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            self.zip(other, |a, b| unsafe { _mm256_add_ps(a, b) })
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            self.zip(other, |a, b| unsafe { _mm256_sub_ps(a, b) })
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            self.zip(other, |a, b| unsafe { _mm256_mul_ps(a, b) })
+        }
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            self.zip(other, |a, b| unsafe { _mm256_div_ps(a, b) })
+        }
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            self.zip(other, |a, b| unsafe { _mm256_max_ps(a, b) })
+        }
+        #[inline(always)]
+        fn min(self, other: Self) -> Self {
+            self.zip(other, |a, b| unsafe { _mm256_min_ps(a, b) })
+        }
+        #[inline(always)]
+        fn mul_add(self, factor: Self, addend: Self) -> Self {
+            unsafe {
+                V256(_mm256_fmadd_ps(self.0, factor.0, addend.0), _mm256_fmadd_ps(self.1, factor.1, addend.1))
+            }
+        }
+        #[inline(always)]
+        fn power_of_two(self) -> Self {
+            let eight = |n: __m256| unsafe {
+                let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+            };
+            V256(eight(self.0), eight(self.1))
+        }
+        #[inline(always)]
+        fn zero_below(self, of: Self, limit: f32) -> Self {
+            self.zip(of, |value, of| unsafe {
+                _mm256_and_ps(value, _mm256_cmp_ps::<_CMP_NLT_UQ>(of, _mm256_set1_ps(limit)))
+            })
+        }
+    }
+}
+
+/// Defines `fn name(isa, arguments…)` that runs the generic function `body::<L, …>(arguments…)` with the lanes of `isa`,
+/// compiled with its features. `isa` must be one that the processor has, as a pool's always is.
+macro_rules! on_isa {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$($g:ident: $bound:path),+>)? ($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name $(<$($g: $bound),+>)? (isa: $crate::kernels::cpu::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512 $(<$($g: $bound),+>)? ($($arg: $ty),*) {
+                    $body::<$crate::kernels::cpu::lanes::V512 $(, $($g),+)?>($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma,f16c")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2 $(<$($g: $bound),+>)? ($($arg: $ty),*) {
+                    $body::<$crate::kernels::cpu::lanes::V256 $(, $($g),+)?>($($arg),*)
+                }
+                match isa {
+                    // SAFETY: a pool uses only what the processor has.
+                    $crate::kernels::cpu::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::kernels::cpu::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::kernels::cpu::Isa::Portable => {}
+                }
+            }
+            let _ = isa;
+            $body::<$crate::kernels::cpu::lanes::Array $(, $($g),+)?>($($arg),*)
+        }
+    };
+}
+pub(super) use on_isa;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::cpu::Isa;
+
+    #[inline(always)]
+    fn exp_body<L: Lanes>(x: &[f32; 16], out: &mut [f32; 16]) {
+        *out = L::from_array(x).exp().to_array();
+    }
+    on_isa!(fn exp(x: &[f32; 16], out: &mut [f32; 16]) = exp_body);
+
+    #[test]
+    fn exp_is_accurate_everywhere() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+            for step in 0..20_000 {
+                let x: [f32; 16] = std::array::from_fn(|i| (step * 16 + i) as f32 * 5.5e-4 - 88.0);
+                let mut y = [0.0; 16];
+                exp(isa, &x, &mut y);
+                for (x, y) in x.iter().zip(y) {
+                    let want = f64::from(*x).exp();
+                    let limit = if *x < -87.2 { 1.3e-38 } else { 3e-7 * want };
+                    assert!((f64::from(y) - want).abs() <= limit, "{isa}: exp({x}) = {y}, not {want}");
+                }
+            }
+            let mut y = [0.0; 16];
+            exp(isa, &[f32::NEG_INFINITY; 16], &mut y);
+            assert_eq!(y, [0.0; 16]);
+            exp(isa, &[0.0; 16], &mut y);
+            assert_eq!(y, [1.0; 16]);
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Products of activations with packed weights: `y = x W^T`.
+//!
+//! Every output element is one chain of operations over the blocks of its inputs, in order, whatever the number of rows,
+//! threads or tiles. So a row's result is bit for bit the same alone and in a batch, which keeps texts independent of
+//! what else an engine happens to do.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod floats;
+mod portable;
+
+use std::cell::RefCell;
+
+use super::activations::Activations;
+use super::format::{BLOCK, Layout, layout};
+use super::isa::Isa;
+use super::pack::{LANES, Packed, Shared};
+use super::pool::{Pool, share};
+
+/// Rows of activations that a kernel takes at once.
+const TILE: usize = 4;
+/// Rows of activations that stay in the second-level cache while all weights pass by.
+const PASS: usize = 128;
+/// Weights below this are not worth another task.
+const LEAST_BYTES: usize = 48 << 10;
+
+/// Computes a tile: `out[t]` becomes the outputs of 16 rows of weights for row `first + t` of the activations.
+type Kernel = unsafe fn(&Group<'_>, &Activations, usize, &mut [[f32; LANES]]);
+
+/// 16 rows of weights of a block format.
+struct Group<'a> {
+    codes: &'a [u8],
+    scales: &'a [u8],
+    layout: Layout,
+}
+
+thread_local! {
+    static QUANTISED: RefCell<Activations> = RefCell::default();
+}
+
+/// `y = x W^T`: `x` is `[n, cols]`, `y` `[n, rows]`.
+///
+/// # Panics
+/// If the lengths of `x` and `y` do not fit the shape of `w`.
+pub fn linear(pool: &Pool, x: &[f32], w: &Packed, y: &mut [f32]) {
+    linear_many(pool, x, &[w], &mut [y]);
+}
+
+/// [`linear`] with several matrices that share their input: cheaper than one after the other.
+///
+/// # Panics
+/// If the lengths do not fit the shapes, or matrices differ in their columns.
+pub fn linear_many(pool: &Pool, x: &[f32], ws: &[&Packed], ys: &mut [&mut [f32]]) {
+    let Some(first) = ws.first() else { return };
+    let cols = first.cols();
+    assert_eq!(ws.len(), ys.len());
+    assert!(cols > 0 && x.len().is_multiple_of(cols), "{} values are no rows of {cols}", x.len());
+    let n = x.len() / cols;
+    for (w, y) in ws.iter().zip(ys.iter()) {
+        assert_eq!(w.cols(), cols);
+        assert_eq!(y.len(), n * w.rows());
+    }
+    let jobs: Vec<Job<'_>> = ws
+        .iter()
+        .zip(ys.iter_mut())
+        .map(|(w, y)| Job {
+            w,
+            y: Shared(y.as_mut_ptr()),
+            kernel: layout(w.dtype()).map(|l| kernel(pool.isa(), l)),
+        })
+        .collect();
+    QUANTISED.with_borrow_mut(|quantised| {
+        if jobs.iter().any(|job| job.kernel.is_some()) {
+            quantised.quantise(pool, x, cols / BLOCK);
+        }
+        run(pool, &Input { x, cols, n, quantised }, &jobs);
+    });
+}
+
+struct Job<'a> {
+    w: &'a Packed,
+    y: Shared<f32>,
+    /// None for float formats.
+    kernel: Option<Kernel>,
+}
+
+struct Input<'a> {
+    x: &'a [f32],
+    cols: usize,
+    n: usize,
+    quantised: &'a Activations,
+}
+
+/// Splits the groups of all matrices among tasks of about equal size.
+fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
+    let groups: usize = jobs.iter().map(|job| job.w.groups()).sum();
+    let bytes: usize = jobs.iter().map(|job| job.w.bytes()).sum();
+    let most = if pool.threads() == 1 { 1 } else { pool.threads() * 4 };
+    let tasks = (bytes * input.n.div_ceil(TILE) / LEAST_BYTES).clamp(1, most).min(groups.max(1));
+    pool.run(tasks, |task| {
+        let mut range = share(groups, tasks, task);
+        for job in jobs {
+            let mine = range.start.min(job.w.groups())..range.end.min(job.w.groups());
+            if !mine.is_empty() {
+                multiply(pool.isa(), input, job, mine);
+            }
+            range = range.start.saturating_sub(job.w.groups())..range.end.saturating_sub(job.w.groups());
+        }
+    });
+}
+
+/// All rows of activations with a range of groups of one matrix.
+fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, groups: std::ops::Range<usize>) {
+    let rows = job.w.rows();
+    for pass in (0..input.n).step_by(PASS) {
+        let end = (pass + PASS).min(input.n);
+        for index in groups.clone() {
+            let lanes = LANES.min(rows - index * LANES);
+            let mut out = [[0.0; LANES]; TILE];
+            for first in (pass..end).step_by(TILE) {
+                let out = &mut out[..TILE.min(end - first)];
+                match (layout(job.w.dtype()), job.kernel) {
+                    (Some(layout), Some(kernel)) => {
+                        let group = job.w.group(index);
+                        let (codes, scales) = group.split_at(input.quantised.blocks * layout.code_bytes());
+                        // SAFETY: the kernel is of an instruction set that the pool found to be there.
+                        unsafe { kernel(&Group { codes, scales, layout }, input.quantised, first, out) }
+                    }
+                    _ => {
+                        let x = &input.x[first * input.cols..(first + out.len()) * input.cols];
+                        floats::tile(isa, job.w.dtype(), job.w.group(index), x, input.cols, out);
+                    }
+                }
+                for (t, values) in out.iter().enumerate() {
+                    // SAFETY: the destination lies in row `first + t`, columns of this group: within `y`, whose
+                    // length was checked, and written by this task alone.
+                    unsafe {
+                        let to = job.y.at((first + t) * rows + index * LANES);
+                        std::ptr::copy_nonoverlapping(values.as_ptr(), to, lanes);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn kernel(isa: Isa, layout: Layout) -> Kernel {
+    match isa {
+        Isa::Portable => portable::tile,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::kernel(layout),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::kernel(layout),
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => portable::tile,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,22 @@
+//! Kernels for the CPU, on plain slices: products with packed weights, attention over a paged cache, and what lies
+//! between them. They are as exact as single precision needs (see [`linear`]) and independent of batching and threads.
+
+mod activations;
+mod attention;
+mod cache;
+mod format;
+mod isa;
+mod lanes;
+mod linear;
+mod memory;
+mod pack;
+mod pool;
+mod rows;
+
+pub use attention::{AttentionSpec, attention};
+pub use cache::{Element, KvShape, Rows, kv_write};
+pub use isa::Isa;
+pub use linear::{linear, linear_many};
+pub use pack::{PackError, Packed, embedding_row};
+pub use pool::Pool;
+pub use rows::{Angles, add, add_rms_norm, gated, rms_norm, rope};

@@ -1,0 +1,334 @@
+//! Threads that wait for work by spinning, because a decoding step hands out work some two hundred times and waking a
+//! sleeping thread costs more than most of those pieces.
+//!
+//! Work is a number of tasks that threads claim one by one, and a region is over when every task is done, not when
+//! every thread has taken part. So a thread that the system has put aside holds nothing up unless it holds a task: on a
+//! busy machine the others, at worst the caller alone, do all the work. Spinning is bounded: after a short while
+//! without work a thread gives its time slice away between looks, then it sleeps.
+
+use std::any::Any;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::isa::Isa;
+use super::memory::Arena;
+
+/// How long an idle thread spins with the processor to itself.
+const SPIN: Duration = Duration::from_micros(30);
+/// How long an idle thread stays awake in all before it sleeps.
+const AWAKE: Duration = Duration::from_micros(300);
+/// Looks between two readings of the clock.
+const LOOKS: u32 = 32;
+
+/// A team of threads, the calling one among them, with the instruction set they use and the memory of the weights
+/// they work on.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held while a region runs. A second caller, or a task that starts a region, does its tasks alone.
+    busy: Mutex<()>,
+    isa: Isa,
+    pub(super) arena: Arena,
+}
+
+/// On a cache line pair of its own, so that threads that spin on it disturb nothing else.
+#[repr(align(128))]
+struct Alone<T>(T);
+
+struct Shared {
+    /// Tasks of the current region that nobody has claimed.
+    unclaimed: Alone<AtomicUsize>,
+    /// Tasks of the current region that are done.
+    done: Alone<AtomicUsize>,
+    /// The current region; valid for whoever holds a claimed task that is not done.
+    region: AtomicPtr<Region<'static>>,
+    sleeping: Vec<AtomicBool>,
+    stop: AtomicBool,
+    /// The first panic of the current region.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+struct Region<'a> {
+    tasks: usize,
+    run: &'a (dyn Fn(usize) + Sync),
+}
+
+impl Pool {
+    /// A pool of `threads` threads (at least one, which is the caller's) on the best instruction set there is.
+    pub fn new(threads: usize) -> Pool {
+        Pool::with_isa(threads, Isa::best())
+    }
+
+    /// A pool whose kernels use `isa`.
+    ///
+    /// # Panics
+    /// If this processor lacks it.
+    pub fn with_isa(threads: usize, isa: Isa) -> Pool {
+        assert!(isa.supported(), "this processor has no {isa}");
+        let helpers = threads.max(1) - 1;
+        let shared = Arc::new(Shared {
+            unclaimed: Alone(AtomicUsize::new(0)),
+            done: Alone(AtomicUsize::new(0)),
+            region: AtomicPtr::new(ptr::null_mut()),
+            sleeping: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
+            stop: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        // A system that grants fewer threads than asked for leaves a smaller team, not a broken one.
+        let workers = (0..helpers)
+            .map_while(|index| {
+                let shared = shared.clone();
+                thread::Builder::new()
+                    .name(format!("kernel-{}", index + 1))
+                    .spawn(move || shared.work(index))
+                    .ok()
+            })
+            .collect();
+        Pool { shared, workers, busy: Mutex::new(()), isa, arena: Arena::default() }
+    }
+
+    /// Threads, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// The instruction set that its kernels use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Runs `task(0)` to `task(tasks - 1)`, each once, on whichever thread is free, and returns when all are done.
+    /// A panic of a task is raised again here once the others are done.
+    pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        let alone = || (0..tasks).for_each(&task);
+        if tasks <= 1 || self.workers.is_empty() {
+            return alone();
+        }
+        // A poisoned lock only says that an earlier region panicked; it guards no data.
+        let _busy = match self.busy.try_lock() {
+            Ok(guard) => guard,
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(std::sync::TryLockError::WouldBlock) => return alone(),
+        };
+        let region = Region { tasks, run: &task };
+        self.publish(&region);
+        while self.shared.take_task() {}
+        self.shared.wait(tasks);
+        let panicked = self.shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(payload) = panicked {
+            resume_unwind(payload);
+        }
+    }
+
+    /// Runs `task` over `0..items` in ranges of at least `least` items, a few ranges per thread.
+    pub fn split(&self, items: usize, least: usize, task: impl Fn(Range<usize>) + Sync) {
+        let most = if self.threads() == 1 { 1 } else { self.threads() * 2 };
+        let tasks = (items / least.max(1)).clamp(1, most);
+        self.run(tasks, |index| task(share(items, tasks, index)));
+    }
+
+    fn publish(&self, region: &Region<'_>) {
+        let shared = &self.shared;
+        shared.done.0.store(0, Ordering::Relaxed);
+        // The lifetime is erased: a thread dereferences the pointer only while it holds a task that is not done, and
+        // `run` returns only when all are.
+        shared.region.store(ptr::from_ref(region).cast_mut().cast(), Ordering::Relaxed);
+        shared.unclaimed.0.store(region.tasks, Ordering::Release);
+        // Pairs with the fence in `sleep`: either we see that it sleeps, or it sees the tasks.
+        fence(Ordering::SeqCst);
+        for (asleep, worker) in shared.sleeping.iter().zip(&self.workers) {
+            if asleep.load(Ordering::Relaxed) {
+                worker.thread().unpark();
+            }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of its tasks, so this cannot fail.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Claims and runs one task; false if none is left.
+    fn take_task(&self) -> bool {
+        let mut left = self.unclaimed.0.load(Ordering::Acquire);
+        loop {
+            if left == 0 {
+                return false;
+            }
+            match self.unclaimed.0.compare_exchange_weak(left, left - 1, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => break,
+                Err(now) => left = now,
+            }
+        }
+        // SAFETY: we hold a task of the current region, so its caller waits in `run` and the region is alive; the
+        // successful exchange read what `publish` stored, so the pointer is this region's.
+        let region = unsafe { &*self.region.load(Ordering::Relaxed) };
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| (region.run)(region.tasks - left))) {
+            self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(payload);
+        }
+        self.done.0.fetch_add(1, Ordering::Release);
+        true
+    }
+
+    /// Waits until all tasks are done. Those left are running on other threads, and one of these may have been put
+    /// aside by the system: so spin a little, then make way, then sleep between looks.
+    fn wait(&self, tasks: usize) {
+        let mut looks = 0u32;
+        while self.done.0.load(Ordering::Acquire) != tasks {
+            looks = looks.saturating_add(1);
+            match looks {
+                0..2_000 => std::hint::spin_loop(),
+                2_000..6_000 => thread::yield_now(),
+                _ => thread::sleep(Duration::from_micros(50)),
+            }
+        }
+    }
+
+    fn work(&self, index: usize) {
+        while !self.stop.load(Ordering::Acquire) {
+            if !self.take_task() && !self.watch() {
+                self.sleep(index);
+            }
+        }
+    }
+
+    /// Looks out for tasks for a while; false if there were none.
+    fn watch(&self) -> bool {
+        let start = Instant::now();
+        let mut waited = Duration::ZERO;
+        while waited < AWAKE {
+            for _ in 0..LOOKS {
+                if self.unclaimed.0.load(Ordering::Relaxed) != 0 || self.stop.load(Ordering::Relaxed) {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            waited = start.elapsed();
+            if waited > SPIN {
+                thread::yield_now();
+            }
+        }
+        false
+    }
+
+    fn sleep(&self, index: usize) {
+        self.sleeping[index].store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if self.unclaimed.0.load(Ordering::Relaxed) == 0 && !self.stop.load(Ordering::Acquire) {
+            // May return early; then the loop in `work` looks around and comes back.
+            thread::park();
+        }
+        self.sleeping[index].store(false, Ordering::Relaxed);
+    }
+}
+
+/// The `index`th of `parts` nearly equal shares of `0..items`.
+pub(super) fn share(items: usize, parts: usize, index: usize) -> Range<usize> {
+    items * index / parts..items * (index + 1) / parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_whatever_the_threads() {
+        for threads in [1, 2, 4, 7] {
+            let pool = Pool::new(threads);
+            for tasks in [0, 1, 2, 3, 17, 400] {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, |i| {
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(
+                    counts.iter().all(|c| c.load(Ordering::Relaxed) == 1),
+                    "{threads} threads, {tasks} tasks"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn many_regions_with_sleeps_between_lose_nothing() {
+        let pool = Pool::new(3);
+        let sum = AtomicUsize::new(0);
+        for round in 0..3_000 {
+            pool.run(5, |i| {
+                sum.fetch_add(i + 1, Ordering::Relaxed);
+            });
+            if round % 500 == 0 {
+                thread::sleep(AWAKE * 3);
+            }
+        }
+        assert_eq!(sum.into_inner(), 3_000 * 15);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_survives() {
+        let pool = Pool::new(2);
+        for bad in [0, 7] {
+            let ran = AtomicUsize::new(0);
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(8, |i| {
+                    ran.fetch_add(1, Ordering::Relaxed);
+                    assert!(i != bad, "task {i}");
+                })
+            }));
+            let payload = result.expect_err("the panic was lost");
+            assert_eq!(
+                payload.downcast_ref::<String>().map(String::as_str),
+                Some(format!("task {bad}").as_str())
+            );
+            assert_eq!(ran.into_inner(), 8);
+        }
+        let ran = AtomicUsize::new(0);
+        pool.run(8, |_| {
+            ran.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(ran.into_inner(), 8);
+    }
+
+    #[test]
+    fn a_region_within_a_region_and_two_callers_at_once_work() {
+        let pool = Pool::new(2);
+        let ran = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        pool.run(4, |_| {
+                            pool.run(3, |_| {
+                                ran.fetch_add(1, Ordering::Relaxed);
+                            })
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(ran.into_inner(), 2 * 200 * 12);
+    }
+
+    #[test]
+    fn shares_cover_everything() {
+        for items in [0, 1, 5, 36, 100] {
+            for parts in [1, 2, 3, 8] {
+                let all: Vec<usize> = (0..parts).flat_map(|i| share(items, parts, i)).collect();
+                assert_eq!(all, (0..items).collect::<Vec<_>>());
+            }
+        }
+    }
+}

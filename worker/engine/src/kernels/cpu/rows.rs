@@ -1,0 +1,331 @@
+//! What lies between products and attention, a row at a time: norms, rotary positions, the gated unit, sums.
+
+use super::lanes::{Lanes, on_isa};
+use super::pack::Shared;
+use super::pool::Pool;
+use crate::weights::{Activation, RopeStyle};
+
+/// Values that are worth another thread.
+const WORTH: usize = 16_384;
+
+/// Adds `y` to the residual stream `x`, then norms it: `x += y; out = rms_norm(x)`.
+///
+/// # Panics
+/// If `x`, `y` and `out` are not equally many whole rows.
+pub fn add_rms_norm(pool: &Pool, x: &mut [f32], y: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+    let cols = weight.len();
+    assert_eq!(x.len(), y.len());
+    assert_eq!(x.len(), out.len());
+    let x = Shared(x.as_mut_ptr());
+    by_rows(pool, cols, out, |from, out| {
+        // SAFETY: `x` is as long as `out`, and tasks get ranges of their own.
+        let x = unsafe { std::slice::from_raw_parts_mut(x.at(from), out.len()) };
+        for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+            let x = &mut x[row * cols..][..cols];
+            add_to(pool.isa(), x, &y[from + row * cols..][..cols]);
+            norm(pool.isa(), x, weight, epsilon, out);
+        }
+    });
+}
+
+/// `out = x / sqrt(mean(x^2) + epsilon) * weight`, for each row of `weight.len()` values.
+///
+/// # Panics
+/// If `x` and `out` are not equally many whole rows.
+pub fn rms_norm(pool: &Pool, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+    let cols = weight.len();
+    assert_eq!(x.len(), out.len());
+    by_rows(pool, cols, out, |from, out| {
+        for (x, out) in x[from..from + out.len()].chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
+            norm(pool.isa(), x, weight, epsilon, out);
+        }
+    });
+}
+
+on_isa!(fn norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) = norm_body);
+
+#[inline(always)]
+fn norm_body<L: Lanes>(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+    let mut squares = [L::splat(0.0); 4];
+    vectors::<L>(x.len(), |at, len, index| {
+        let v = load_part::<L>(&x[at..at + len]);
+        squares[index % 4] = v.mul_add(v, squares[index % 4]);
+    });
+    let [a, b, c, d] = squares;
+    let mean = a.add(b).add(c.add(d)).sum() / x.len() as f32;
+    let factor = L::splat(1.0 / (mean + epsilon).sqrt());
+    vectors::<L>(x.len(), |at, len, _| {
+        let scaled = load_part::<L>(&x[at..at + len]).mul(factor);
+        store_part(scaled.mul(load_part::<L>(&weight[at..at + len])), &mut out[at..at + len]);
+    });
+}
+
+/// `out = activation(gate) * up`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn gated(pool: &Pool, activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert_eq!(gate.len(), up.len());
+    assert_eq!(gate.len(), out.len());
+    by_rows(pool, 1, out, |from, out| {
+        let (gate, up) = (&gate[from..from + out.len()], &up[from..from + out.len()]);
+        match activation {
+            Activation::Silu => silu_times(pool.isa(), gate, up, out),
+            Activation::GeluTanh => gelu_times(pool.isa(), gate, up, out),
+        }
+    });
+}
+
+on_isa!(fn silu_times(gate: &[f32], up: &[f32], out: &mut [f32]) = silu_body);
+on_isa!(fn gelu_times(gate: &[f32], up: &[f32], out: &mut [f32]) = gelu_body);
+
+#[inline(always)]
+fn silu_body<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    gated_body::<L>(gate, up, out, |g| g);
+}
+
+#[inline(always)]
+fn gelu_body<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    // (1 + tanh(z)) / 2 = 1 / (1 + e^-2z), with z = sqrt(2 / pi) (x + 0.044715 x^3).
+    let (linear, cubic) = (L::splat(1.595_769), L::splat(1.595_769 * 0.044_715));
+    gated_body::<L>(gate, up, out, |g| g.mul(g.mul(g).mul_add(cubic, linear)));
+}
+
+/// `out = gate / (1 + e^-exponent(gate)) * up`.
+#[inline(always)]
+fn gated_body<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32], exponent: impl Fn(L) -> L) {
+    let (zero, one) = (L::splat(0.0), L::splat(1.0));
+    vectors::<L>(out.len(), |at, len, _| {
+        let (g, u) = (load_part::<L>(&gate[at..at + len]), load_part::<L>(&up[at..at + len]));
+        let denominator = one.add(zero.sub(exponent(g)).exp());
+        store_part(g.mul(u).div(denominator), &mut out[at..at + len]);
+    });
+}
+
+/// `x += y`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add(pool: &Pool, x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len());
+    by_rows(pool, 1, x, |from, x| add_to(pool.isa(), x, &y[from..from + x.len()]));
+}
+
+on_isa!(fn add_to(x: &mut [f32], y: &[f32]) = add_body);
+
+#[inline(always)]
+fn add_body<L: Lanes>(x: &mut [f32], y: &[f32]) {
+    vectors::<L>(x.len(), |at, len, _| {
+        let sum = load_part::<L>(&x[at..at + len]).add(load_part::<L>(&y[at..at + len]));
+        store_part(sum, &mut x[at..at + len]);
+    });
+}
+
+/// Cosines and sines of a step's positions, `[row][pair]`: computed once a step, used by all layers.
+#[derive(Clone, Copy, Debug)]
+pub struct Angles<'a> {
+    /// Pairs that are rotated.
+    pub pairs: usize,
+    /// Cosines.
+    pub cos: &'a [f32],
+    /// Sines.
+    pub sin: &'a [f32],
+}
+
+/// Rotates the first `2 * pairs` elements of every head of `x`, `[rows, heads * head_dim]`, by its row's angles.
+///
+/// # Panics
+/// If `x` does not have the rows of `angles`, or heads are smaller than what is rotated.
+pub fn rope(
+    pool: &Pool,
+    x: &mut [f32],
+    heads: usize,
+    head_dim: usize,
+    style: RopeStyle,
+    angles: &Angles<'_>,
+) {
+    let count = angles.pairs;
+    assert!(2 * count <= head_dim);
+    let width = heads * head_dim;
+    assert_eq!(x.len() * count, angles.cos.len() * width);
+    assert_eq!(angles.sin.len(), angles.cos.len());
+    by_rows(pool, width, x, |from, x| {
+        for (row, x) in x.chunks_exact_mut(width).enumerate() {
+            let at = (from / width + row) * count;
+            let (cos, sin) = (&angles.cos[at..at + count], &angles.sin[at..at + count]);
+            for head in x.chunks_exact_mut(head_dim) {
+                match style {
+                    RopeStyle::Interleaved => {
+                        for ((pair, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                            let (a, b) = (pair[0], pair[1]);
+                            pair[0] = a * c - b * s;
+                            pair[1] = a * s + b * c;
+                        }
+                    }
+                    RopeStyle::Half => {
+                        let (first, second) = head[..2 * count].split_at_mut(count);
+                        for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                            (*a, *b) = (*a * c - *b * s, *a * s + *b * c);
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Runs `task(offset, part)` on parts of `out` that are whole rows of `cols` values; on several threads if it is worth it.
+fn by_rows(pool: &Pool, cols: usize, out: &mut [f32], task: impl Fn(usize, &mut [f32]) + Sync) {
+    assert!(cols > 0 && out.len().is_multiple_of(cols), "{} values are no rows of {cols}", out.len());
+    let shared = Shared(out.as_mut_ptr());
+    pool.split(out.len() / cols, WORTH.div_ceil(cols), |range| {
+        let from = range.start * cols;
+        // SAFETY: tasks get ranges of rows of their own, within `out`.
+        task(from, unsafe { std::slice::from_raw_parts_mut(shared.at(from), range.len() * cols) });
+    });
+}
+
+/// Calls `step(offset, length, index)` for each vector of `len` values; the last may be short.
+#[inline(always)]
+fn vectors<L: Lanes>(len: usize, mut step: impl FnMut(usize, usize, usize)) {
+    let whole = len / 16;
+    for index in 0..whole {
+        step(index * 16, 16, index);
+    }
+    if !len.is_multiple_of(16) {
+        step(whole * 16, len % 16, whole);
+    }
+}
+
+/// At most 16 values, the rest zero.
+#[inline(always)]
+fn load_part<L: Lanes>(from: &[f32]) -> L {
+    if from.len() >= 16 {
+        // SAFETY: 16 values are there.
+        return unsafe { L::load(from.as_ptr()) };
+    }
+    let mut values = [0.0; 16];
+    values[..from.len()].copy_from_slice(from);
+    L::from_array(&values)
+}
+
+/// Stores as many lanes as fit.
+#[inline(always)]
+fn store_part<L: Lanes>(lanes: L, to: &mut [f32]) {
+    if to.len() >= 16 {
+        // SAFETY: room for 16 values.
+        unsafe { lanes.store(to.as_mut_ptr()) }
+    } else {
+        to.copy_from_slice(&lanes.to_array()[..to.len()]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::cpu::Isa;
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i + seed) * 7919 % 2003) as f32 - 1000.0) / 250.0).collect()
+    }
+
+    fn close(got: &[f32], want: &[f64]) {
+        for (got, want) in got.iter().zip(want) {
+            assert!((f64::from(*got) - want).abs() <= 2e-6 * want.abs().max(1.0), "{got}, not {want}");
+        }
+    }
+
+    fn pools() -> impl Iterator<Item = Pool> {
+        Isa::ALL
+            .into_iter()
+            .filter(|isa| isa.supported())
+            .flat_map(|isa| [1, 3].map(|n| Pool::with_isa(n, isa)))
+    }
+
+    #[test]
+    fn norm_agrees_with_f64() {
+        for pool in pools() {
+            for (rows, cols) in [(1, 576), (3, 37), (90, 576)] {
+                let (x, w) = (values(rows * cols, 1), values(cols, 5));
+                let mut out = vec![f32::NAN; rows * cols];
+                rms_norm(&pool, &x, &w, 1e-5, &mut out);
+                for (x, out) in x.chunks(cols).zip(out.chunks(cols)) {
+                    let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / cols as f64;
+                    let factor = 1.0 / (mean + 1e-5).sqrt();
+                    let want: Vec<f64> =
+                        x.iter().zip(&w).map(|(&x, &w)| f64::from(x) * factor * f64::from(w)).collect();
+                    close(out, &want);
+                }
+                let (mut sum, y) = (x.clone(), values(rows * cols, 9));
+                let mut fused = vec![f32::NAN; rows * cols];
+                add_rms_norm(&pool, &mut sum, &y, &w, 1e-5, &mut fused);
+                let mut x = x.clone();
+                add(&pool, &mut x, &y);
+                rms_norm(&pool, &x, &w, 1e-5, &mut out);
+                assert_eq!((&sum, &fused), (&x, &out));
+            }
+        }
+    }
+
+    #[test]
+    fn gated_unit_and_sum_agree_with_f64() {
+        for pool in pools() {
+            for n in [1, 15, 16, 1536, 70_001] {
+                let (g, u) = (values(n, 3), values(n, 11));
+                let mut out = vec![f32::NAN; n];
+                let each = |f: fn(f64) -> f64| -> Vec<f64> {
+                    g.iter().zip(&u).map(|(&g, &u)| f(f64::from(g)) * f64::from(u)).collect()
+                };
+                gated(&pool, Activation::GeluTanh, &g, &u, &mut out);
+                close(
+                    &out,
+                    &each(|g| {
+                        0.5 * g
+                            * (1.0
+                                + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh())
+                    }),
+                );
+                gated(&pool, Activation::Silu, &g, &u, &mut out);
+                let want = each(|g| g / (1.0 + (-g).exp()));
+                close(&out, &want);
+                add(&pool, &mut out, &u);
+                close(&out, &want.iter().zip(&u).map(|(w, u)| w + f64::from(*u)).collect::<Vec<_>>());
+            }
+            let mut out = [f32::NAN; 3];
+            gated(&pool, Activation::Silu, &[-200.0, 200.0, 0.0], &[1.0; 3], &mut out);
+            assert!(out[0].abs() < 1e-30 && out[1] == 200.0 && out[2] == 0.0, "{out:?}");
+        }
+    }
+
+    #[test]
+    fn rotation_turns_pairs_by_their_angle() {
+        let (heads, dim, rotated) = (3, 20, 16);
+        let positions = [0, 7, 4000];
+        let frequencies: Vec<f32> = (0..rotated / 2).map(|i| 1e4f32.powf(-(i as f32) / 8.0)).collect();
+        let all = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| p as f32 * f));
+        let (cos, sin): (Vec<f32>, Vec<f32>) = all.map(|a: f32| (a.cos(), a.sin())).unzip();
+        let angles = Angles { pairs: rotated / 2, cos: &cos, sin: &sin };
+        let x = values(3 * heads * dim, 2);
+        for style in [RopeStyle::Interleaved, RopeStyle::Half] {
+            let mut got = x.clone();
+            rope(&Pool::new(2), &mut got, heads, dim, style, &angles);
+            let mut want: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            for (row, position) in positions.into_iter().enumerate() {
+                for head in 0..heads {
+                    for (i, f) in frequencies.iter().enumerate() {
+                        let (first, second) = match style {
+                            RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+                            RopeStyle::Half => (i, i + rotated / 2),
+                        };
+                        let at = (row * heads + head) * dim;
+                        let (a, b) = (f64::from(x[at + first]), f64::from(x[at + second]));
+                        let angle = f64::from(position as f32 * f);
+                        want[at + first] = a * angle.cos() - b * angle.sin();
+                        want[at + second] = a * angle.sin() + b * angle.cos();
+                    }
+                }
+            }
+            close(&got, &want);
+        }
+    }
+}

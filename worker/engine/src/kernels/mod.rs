@@ -1,0 +1,3 @@
+//! What Burn lacks: kernels of our own, each behind the engine's backend-extension trait.
+
+pub mod cpu;
