@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::suite::{self, new_answer, new_claim, new_ending, new_job};
 
-crate::suite_tests!({ Arc::new(SqliteLedger::open(None).unwrap()) });
+crate::suite_tests!(|| async { (Arc::new(SqliteLedger::open(None).unwrap()), ()) });
 
 /// A directory that goes away with the test.
 struct Directory(PathBuf);

@@ -1,13 +1,17 @@
 //! The ledger's test suite, on both adapters.
 
 mod embedded;
+mod postgres;
+#[path = "../common/proxy.rs"]
+mod proxy;
 mod suite;
 
-/// Makes a test of every function of the suite, each on a ledger of its own.
+/// Makes a test of every function of the suite, each on a ledger of its own: `$open` gives one, with what must outlive
+/// it.
 #[macro_export]
 macro_rules! suite_tests {
-    ($ledger:block) => {
-        $crate::suite_tests!($ledger:
+    ($open:expr) => {
+        $crate::suite_tests!($open =>
             an_accepted_job_waits_with_its_body,
             an_id_belongs_to_its_first_body,
             of_many_acceptances_one_is_new,
@@ -29,11 +33,12 @@ macro_rules! suite_tests {
             it_is_ready_and_migrating_again_changes_nothing,
         );
     };
-    ($ledger:block: $($name:ident,)*) => {
+    ($open:expr => $($name:ident,)*) => {
         $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
             async fn $name() {
-                suite::$name($ledger).await;
+                let (ledger, _kept) = ($open)().await;
+                suite::$name(ledger).await;
             }
         )*
     };
