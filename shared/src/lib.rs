@@ -15,3 +15,21 @@ pub mod postgres;
 pub mod rabbitmq;
 pub mod redis;
 pub mod telemetry;
+
+use std::sync::Arc;
+
+use config::Services;
+use ports::{PortResult, Ports};
+
+/// The three ports on the real services. Returns at once even when a service is down: the ports go on connecting, and
+/// `ready` of each tells how it stands.
+///
+/// # Errors
+/// If a URL is not understood.
+pub async fn connect(services: &Services) -> PortResult<Ports> {
+    Ok(Ports {
+        queue: Arc::new(rabbitmq::RabbitQueue::connect(services).await?),
+        bus: Arc::new(self::redis::RedisBus::connect(services).await?),
+        ledger: Arc::new(postgres::PostgresLedger::connect(services).await?),
+    })
+}
