@@ -114,7 +114,7 @@ impl Coordinator {
         if let Some(handle) = metrics.clone() {
             tasks.spawn(upkeep(handle));
         }
-        until_listening(&dispatch.inbox).await;
+        join_fleet(&dispatch).await;
         let app = App { dispatch: dispatch.clone(), admission, metrics, stop: stop.clone() };
         let server = tokio::spawn(serve(listener, http::router(Arc::new(app), &origins), stop.clone()));
         tracing::info!(coordinator = id, %addr, "listening");
@@ -162,14 +162,15 @@ async fn bring_up_schema(ports: &Ports, tasks: &mut JoinSet<()>) {
     });
 }
 
-/// Waits until the subscription for tokens stands, but not for ever.
-async fn until_listening(inbox: &Inbox) {
-    let stands = async {
-        while !inbox.listening() {
+/// Waits until this coordinator is known and its subscription for tokens stands, but not for ever.
+async fn join_fleet(dispatch: &Dispatch) {
+    let joined = async {
+        presence::announce(dispatch).await;
+        while !dispatch.inbox.listening() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    if tokio::time::timeout(START_LIMIT, stands).await.is_err() {
+    if tokio::time::timeout(START_LIMIT, joined).await.is_err() {
         tracing::warn!("the bus is not there yet: requests are answered 503 until it is");
     }
 }

@@ -23,9 +23,14 @@ pub async fn run(dispatch: Arc<Dispatch>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if let Err(e) = dispatch.ports.bus.announce_coordinator(&dispatch.id).await {
-            tracing::debug!("can't announce this coordinator: {e}");
-        }
+        announce(&dispatch).await;
+    }
+}
+
+/// Renews presence once.
+pub async fn announce(dispatch: &Dispatch) {
+    if let Err(e) = dispatch.ports.bus.announce_coordinator(&dispatch.id).await {
+        tracing::debug!("can't announce this coordinator: {e}");
     }
 }
 

@@ -9,8 +9,8 @@ use stoker_shared::outcome::{JobError, code};
 
 use super::{End, Feed, Heard, Inbox, rescue};
 
-/// Most text that a reader takes from the log at once, bytes.
-const PIECE: usize = 32 << 10;
+/// Most text that a reader takes from the log at once, bytes: each time the whole log is read.
+const PIECE: usize = 256 << 10;
 /// How long to wait before the log is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 

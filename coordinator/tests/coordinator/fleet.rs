@@ -42,6 +42,8 @@ impl Fleet {
     pub async fn on(ports: Ports, config: Config) -> Self {
         let coordinator = Coordinator::start(config, ports.clone(), None).await.unwrap();
         let url = format!("http://{}", coordinator.addr());
+        // The client wants to know one even where it speaks plain HTTP. The first test of the process installs it.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         Self { coordinator, ports, url, http: Client::new() }
     }
 

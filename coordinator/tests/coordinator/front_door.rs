@@ -150,12 +150,12 @@ async fn a_full_work_queue_holds_the_front_door_and_loses_nothing() {
         })
         .await;
     }
-    eventually("the front door is drained", || async {
-        ports.queue.depth(&Source::FrontDoor).await.unwrap() == Some(0)
+    let work = Source::Work { model: MODEL.into(), lane: Lane::Interactive };
+    eventually("the front door is drained and the work queue full", || async {
+        let depth = async |source| ports.queue.depth(source).await.unwrap();
+        (depth(&Source::FrontDoor).await, depth(&work).await) == (Some(0), Some(2))
     })
     .await;
-    let work = Source::Work { model: MODEL.into(), lane: Lane::Interactive };
-    assert_eq!(ports.queue.depth(&work).await.unwrap(), Some(2));
     let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
     eventually("all have run", || async { worker.started() == 8 }).await;
     drop(fleet);

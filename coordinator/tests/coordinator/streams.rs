@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::TcpSocket;
 
 use crate::faults::FaultyBus;
 use crate::fleet::{Fleet, MODEL, config, events, eventually, json, ports};
@@ -81,14 +81,17 @@ async fn a_lost_end_is_found_after_a_silent_second() {
 #[tokio::test]
 async fn a_slow_reader_of_a_long_text_misses_nothing_and_holds_nobody_up() {
     let piece = |n: usize| format!("{n:05} {}", "é".repeat(2000));
-    let whole: String = (0..600).map(piece).collect();
-    let (fleet, _worker) = Fleet::scripted(move |job| match job.options.max_tokens {
-        Some(600) => Script { pieces: (0..600).map(piece).collect(), ..Script::default() },
+    let whole: String = (0..1500).map(piece).collect();
+    let (fleet, _worker, bus) = faulty(move |job| match job.options.max_tokens {
+        Some(1500) => Script { pieces: (0..1500).map(piece).collect(), ..Script::default() },
         _ => echo(job),
     })
     .await;
-    let body = chat("long", 600).to_string();
-    let mut slow = TcpStream::connect(fleet.coordinator.addr()).await.unwrap();
+    let body = chat("long", 1500).to_string();
+    // What the kernel would hold for it is small, too.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut slow = socket.connect(fleet.coordinator.addr()).await.unwrap();
     let head =
         format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
     slow.write_all(head.as_bytes()).await.unwrap();
@@ -121,6 +124,7 @@ async fn a_slow_reader_of_a_long_text_misses_nothing_and_holds_nobody_up() {
                 .collect::<Vec<_>>()
         })
         .collect();
+    assert!(bus.reads.load(Ordering::SeqCst) > 0, "it was served from the log");
     assert_eq!(text(&events).len(), whole.len());
     assert!(text(&events) == whole);
     assert_eq!(events.last().unwrap(), "[DONE]");

@@ -100,7 +100,7 @@ impl TestWorker {
         });
         for lane in Lane::ALL {
             let source = Source::Work { model: model.into(), lane };
-            let mut consumer = ports.queue.consume(&source, 64).await.unwrap();
+            let consumer = ports.queue.consume(&source, 64).await.unwrap();
             let run = Run {
                 ports: ports.clone(),
                 author: author.clone(),
@@ -110,6 +110,8 @@ impl TestWorker {
                 started: started.clone(),
             };
             tasks.spawn(async move {
+                // All of it: a block that only names a field takes only the field along.
+                let mut consumer = consumer;
                 let mut jobs = JoinSet::new();
                 while let Some(delivery) = consumer.deliveries.recv().await {
                     let run = run.clone();

@@ -66,7 +66,7 @@ pub struct Asked {
 
 /// Reads the body of `/v1/chat/completions`.
 pub fn chat(body: &[u8]) -> Result<Asked, JobError> {
-    let mut body: Body = parse_json(body)?;
+    let mut body = read(body)?;
     let Some(messages) = body.messages.take() else {
         return refused("messages", "messages is required");
     };
@@ -76,7 +76,7 @@ pub fn chat(body: &[u8]) -> Result<Asked, JobError> {
 
 /// Reads the body of `/v1/completions`.
 pub fn completion(body: &[u8]) -> Result<Asked, JobError> {
-    let mut body: Body = parse_json(body)?;
+    let mut body = read(body)?;
     let prompt = match body.prompt.take() {
         None => return refused("prompt", "prompt is required"),
         Some(Prompt::Text(text)) => text,
@@ -87,6 +87,14 @@ pub fn completion(body: &[u8]) -> Result<Asked, JobError> {
     };
     refuse_unsupported(&body)?;
     asked(body, Job { prompt: Some(prompt), ..Job::default() })
+}
+
+/// Reads the fields. Rust would also take an array for an object, its values in the fields' order.
+fn read(body: &[u8]) -> Result<Body, JobError> {
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        return Err(JobError::new(code::INVALID_REQUEST, "the body must be a JSON object, not an array"));
+    }
+    parse_json(body)
 }
 
 /// Refuses what would change the answer and can't be done.
