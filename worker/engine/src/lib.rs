@@ -4,10 +4,20 @@
 //! one batch of [`Event`]s per decoding step.
 
 mod api;
+mod batch;
+pub mod bench;
 mod detokenize;
+mod engine;
 pub mod kernels;
+mod kv;
+mod language;
 mod load;
+mod model;
+mod pace;
 mod sampler;
+mod scheduler;
+mod sequence;
+mod setup;
 mod stop;
 #[allow(dead_code, unused_imports)] // until safetensors and templates, which use the rest, are here
 mod tokenizer;
@@ -19,3 +29,7 @@ pub use load::*;
 pub use sampler::{TokenCounts, argmax, sample, uniform};
 pub use stop::StopMatcher;
 pub use tokenizer::Tokenizer;
+
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::{Engine, Sink};
+use crate::{Engine, Sink, engine, setup};
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +84,9 @@ pub struct EchoOptions {
     pub slots: u32,
 }
 
-/// Loads a model and starts its thread.
-pub fn load(_options: LoadOptions, _sink: Sink) -> Result<Box<dyn Engine>, LoadError> {
-    Err(LoadError::Backend("not built yet".into()))
+/// Loads a model and starts its thread. Returns once the model has made a first step, so that nothing is left to be set up
+/// when the first request comes.
+pub fn load(options: LoadOptions, sink: Sink) -> Result<Box<dyn Engine>, LoadError> {
+    let handle = engine::start(move || setup::set_up(options), sink)?;
+    Ok(Box::new(handle))
 }

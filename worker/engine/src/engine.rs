@@ -1,0 +1,323 @@
+//! The engine's thread: takes requests in, steps, and reports.
+//!
+//! One thread owns model, cache and scheduler, so none of them needs a lock. Prompts are rendered and tokenized on the caller's
+//! thread, where a long one delays nobody's tokens. With nothing to do the thread sleeps on its channel, and the first request to
+//! come starts at once. A panic in a step ends the requests that were in it, and the engine goes on.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crate::batch::Batch;
+use crate::kernels::BLOCK;
+use crate::language::Language;
+use crate::model::Model;
+use crate::pace::Pace;
+use crate::scheduler::Scheduler;
+use crate::sequence::Sequence;
+use crate::{
+    Engine, Event, Finish, FinishReason, ModelInfo, Request, RequestError, RequestErrorKind, SequenceId,
+};
+use crate::{Sink, Stats, Usage};
+
+enum Command {
+    Submit(Box<Sequence>),
+    /// A request that could not be understood.
+    Refuse(SequenceId, RequestError),
+    Cancel(SequenceId),
+}
+
+/// A running engine's numbers, written by its thread.
+#[derive(Default)]
+struct Gauges {
+    active: AtomicU64,
+    waiting: AtomicU64,
+    kv_used: AtomicU64,
+    kv_total: AtomicU64,
+    tokens: AtomicU64,
+    steps: AtomicU64,
+}
+
+/// The engine as its users hold it.
+pub(crate) struct Handle {
+    info: ModelInfo,
+    language: Arc<Language>,
+    gauges: Arc<Gauges>,
+    /// `None` only while it is dropped.
+    commands: Option<Sender<Command>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A model that is ready, with what its engine must know.
+pub(crate) struct Ready {
+    /// The model.
+    pub model: Box<dyn Model>,
+    /// Its tokenizer and chat template.
+    pub language: Arc<Language>,
+    /// What it is.
+    pub info: ModelInfo,
+    /// Blocks of its cache.
+    pub blocks: usize,
+}
+
+/// Starts the thread: it calls `load` for the model, since devices prefer to be used from one thread, and runs it.
+pub(crate) fn start<E: Send + 'static>(
+    load: impl FnOnce() -> Result<Ready, E> + Send + 'static,
+    sink: Sink,
+) -> Result<Handle, E> {
+    let (commands, inbox) = mpsc::channel();
+    let (ready, loaded) = mpsc::channel();
+    let gauges = Arc::new(Gauges::default());
+    let thread_gauges = gauges.clone();
+    let run = move || {
+        let loaded = match load() {
+            Ok(loaded) => loaded,
+            Err(error) => return drop(ready.send(Err(error))),
+        };
+        let runner = Runner::new(
+            loaded.model,
+            loaded.language.clone(),
+            &loaded.info,
+            loaded.blocks,
+            thread_gauges,
+            sink,
+        );
+        let _ = ready.send(Ok((loaded.language, loaded.info)));
+        runner.run(inbox);
+    };
+    let thread =
+        std::thread::Builder::new().name("engine".into()).spawn(run).expect("the system can start a thread");
+    match loaded.recv() {
+        Ok(Ok((language, info))) => {
+            Ok(Handle { info, language, gauges, commands: Some(commands), thread: Some(thread) })
+        }
+        Ok(Err(error)) => Err(error),
+        // Nothing was sent: loading panicked.
+        Err(_) => match thread.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(()) => unreachable!("a thread that ends without a panic has reported"),
+        },
+    }
+}
+
+impl Handle {
+    fn send(&self, command: Command) {
+        // The thread lives as long as the handle.
+        let _ = self.commands.as_ref().map(|commands| commands.send(command));
+    }
+}
+
+impl Engine for Handle {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn submit(&self, request: Request) {
+        let id = request.id;
+        let prepared =
+            catch_unwind(AssertUnwindSafe(|| self.language.prepare(request, self.info.context as usize)));
+        self.send(match prepared {
+            Ok(Ok(sequence)) => Command::Submit(Box::new(sequence)),
+            Ok(Err(error)) => Command::Refuse(id, error),
+            Err(panic) => Command::Refuse(id, internal("preparing the prompt", &*panic)),
+        });
+    }
+
+    fn cancel(&self, id: SequenceId) {
+        self.send(Command::Cancel(id));
+    }
+
+    fn stats(&self) -> Stats {
+        let gauges = &self.gauges;
+        Stats {
+            active: gauges.active.load(Relaxed) as u32,
+            waiting: gauges.waiting.load(Relaxed) as u32,
+            kv_used: gauges.kv_used.load(Relaxed),
+            kv_total: gauges.kv_total.load(Relaxed),
+            tokens: gauges.tokens.load(Relaxed),
+            steps: gauges.steps.load(Relaxed),
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.commands = None;
+        if let Some(thread) = self.thread.take() {
+            // Dropped from inside the sink it can't wait for itself.
+            if thread.thread().id() != std::thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn internal(doing: &str, panic: &(dyn std::any::Any + Send)) -> RequestError {
+    let said = panic.downcast_ref::<&str>().map(|text| text.to_string());
+    let said = said.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    tracing::error!(doing, panic = said, "the engine panicked");
+    RequestError {
+        kind: RequestErrorKind::Internal,
+        message: format!("the engine failed while {doing}: {said}"),
+    }
+}
+
+/// What the thread owns.
+struct Runner {
+    model: Box<dyn Model>,
+    language: Arc<Language>,
+    scheduler: Scheduler,
+    batch: Batch,
+    pace: Pace,
+    events: Vec<Event>,
+    gauges: Arc<Gauges>,
+    sink: Sink,
+}
+
+impl Runner {
+    fn new(
+        model: Box<dyn Model>,
+        language: Arc<Language>,
+        info: &ModelInfo,
+        blocks: usize,
+        gauges: Arc<Gauges>,
+        sink: Sink,
+    ) -> Self {
+        gauges.kv_total.store((blocks * BLOCK) as u64, Relaxed);
+        let scheduler = Scheduler::new(info.slots as usize, blocks);
+        let batch = Batch::default();
+        Self { model, language, scheduler, batch, pace: Pace::default(), events: Vec::new(), gauges, sink }
+    }
+
+    /// Until the handle is dropped.
+    fn run(mut self, inbox: Receiver<Command>) {
+        loop {
+            if self.scheduler.is_idle() {
+                match inbox.recv() {
+                    Ok(command) => self.obey(command),
+                    Err(_) => return,
+                }
+            }
+            loop {
+                match inbox.try_recv() {
+                    Ok(command) => self.obey(command),
+                    Err(mpsc::TryRecvError::Empty) => break,
+                    Err(mpsc::TryRecvError::Disconnected) => return,
+                }
+            }
+            self.turn();
+        }
+    }
+
+    /// One step, and all that goes with it.
+    fn turn(&mut self) {
+        self.expire();
+        self.dismiss();
+        self.step();
+        self.report();
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(sequence) => self.scheduler.submit(*sequence),
+            Command::Refuse(id, error) => {
+                let finish = Finish { reason: FinishReason::Error(error), usage: Usage::default() };
+                self.events.push(Event { id, tokens: Vec::new(), text: String::new(), finish: Some(finish) });
+            }
+            Command::Cancel(id) => {
+                if let Some(sequence) = self.scheduler.find(id) {
+                    sequence.end(FinishReason::Cancelled);
+                }
+            }
+        }
+    }
+
+    /// Ends what is past its deadline.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        for sequence in self.scheduler.all() {
+            if sequence.deadline.is_some_and(|deadline| deadline <= now) {
+                sequence.end(FinishReason::Deadline);
+            }
+        }
+    }
+
+    /// One forward pass, if there is anything to pass.
+    fn step(&mut self) {
+        let start = Instant::now();
+        let decoding = self.scheduler.decoding_count();
+        self.scheduler.plan(&mut self.batch, self.pace.chunk(decoding));
+        if self.batch.rows() == 0 {
+            return;
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.model.forward(&self.batch))) {
+            Ok(mut logits) => self.sample(&mut logits),
+            Err(panic) => self.recover(internal("computing", &*panic)),
+        }
+        self.pace.record(decoding, self.batch.rows(), start.elapsed());
+        self.gauges.steps.fetch_add(1, Relaxed);
+    }
+
+    /// Gives each sequence whose last token was computed its next one.
+    fn sample(&mut self, logits: &mut [f32]) {
+        let mut rows = logits.chunks_exact_mut(self.model.vocabulary());
+        let mut sampled = 0;
+        self.scheduler.computed();
+        for sequence in self.scheduler.stepped() {
+            if !sequence.pending().is_empty() {
+                continue;
+            }
+            let row = rows.next().expect("a row of logits for each sequence that is all computed");
+            let tokenizer = &self.language.tokenizer;
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| sequence.sample(row, tokenizer))) {
+                sequence.ended = Some(FinishReason::Error(internal("choosing a token", &*panic)));
+            }
+            sampled += 1;
+        }
+        self.gauges.tokens.fetch_add(sampled, Relaxed);
+    }
+
+    /// After a panic in the model: those in the step end, the others are computed again.
+    fn recover(&mut self, error: RequestError) {
+        for sequence in self.scheduler.stepped() {
+            sequence.end(FinishReason::Error(error.clone()));
+        }
+        self.dismiss();
+        self.scheduler.forget_cache();
+        self.model.reset();
+    }
+
+    /// Lets go of what has ended.
+    fn dismiss(&mut self) {
+        for mut sequence in self.scheduler.take_ended() {
+            self.events.extend(sequence.take_event());
+        }
+    }
+
+    /// Tells the sink what the step did.
+    fn report(&mut self) {
+        self.dismiss();
+        self.events.extend(self.scheduler.all().filter_map(Sequence::take_event));
+        self.measure();
+        if self.events.is_empty() {
+            return;
+        }
+        let events = std::mem::take(&mut self.events);
+        if catch_unwind(AssertUnwindSafe(|| (self.sink)(events))).is_err() {
+            tracing::error!("the receiver of the engine's events panicked; a step's events are lost");
+        }
+    }
+
+    fn measure(&self) {
+        let (used, _) = self.scheduler.blocks();
+        self.gauges.active.store(self.scheduler.running_count() as u64, Relaxed);
+        self.gauges.waiting.store(self.scheduler.waiting_count() as u64, Relaxed);
+        self.gauges.kv_used.store((used * BLOCK) as u64, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,392 @@
+//! The engine with a model that is none: its logits are a digest of the tokens that it finds in the cache.
+//!
+//! So a wrong block, a wrong position or a token too few changes everything that follows, and thousands of schedules can
+//! be played through in a second.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+use crate::{Priority, Prompt, Sampling};
+
+const VOCABULARY: usize = 128;
+const CONTEXT: usize = 200;
+/// A model that gets this token panics; it stands for a text that no other test has.
+const BOOM: u32 = 49151;
+
+/// Remembers tokens instead of keys and values.
+struct Toy {
+    memory: Vec<[u32; BLOCK]>,
+}
+
+impl Model for Toy {
+    fn forward(&mut self, batch: &Batch) -> Vec<f32> {
+        assert!(!batch.tokens.contains(&BOOM), "boom");
+        let mut logits = Vec::new();
+        for span in &batch.spans {
+            for row in span.rows.clone() {
+                let position = batch.positions[row] as usize;
+                assert_eq!(position, span.start + row - span.rows.start);
+                self.memory[batch.blocks(span)[position / BLOCK] as usize][position % BLOCK] =
+                    batch.tokens[row];
+            }
+            for row in span.rows.clone().filter(|row| batch.outputs.contains(&(*row as u32))) {
+                let length = batch.positions[row] as usize + 1;
+                let seen =
+                    (0..length).map(|i| self.memory[batch.blocks(span)[i / BLOCK] as usize][i % BLOCK]);
+                logits.extend(toy_logits(seen));
+            }
+        }
+        logits
+    }
+
+    fn vocabulary(&self) -> usize {
+        VOCABULARY
+    }
+
+    fn reset(&mut self) {
+        self.memory.fill([u32::MAX; BLOCK]);
+    }
+}
+
+fn boom() -> String {
+    String::from_utf8(crate::language::tests::smollm2().tokenizer.token_bytes(BOOM).to_vec()).unwrap()
+}
+
+fn toy_logits(tokens: impl Iterator<Item = u32>) -> Vec<f32> {
+    let seed = tokens
+        .fold(17, |hash: u64, token| (hash ^ u64::from(token)).wrapping_mul(0x100000001b3).rotate_left(23));
+    let mut random = StdRng::seed_from_u64(seed);
+    (0..VOCABULARY).map(|_| random.random_range(0.0..5.0)).collect()
+}
+
+/// What has been heard of a request.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Heard {
+    tokens: Vec<u32>,
+    text: String,
+    finish: Option<Finish>,
+}
+
+#[derive(Clone, Default)]
+struct Ears(Arc<Mutex<HashMap<SequenceId, Heard>>>);
+
+impl Ears {
+    fn sink(&self) -> Sink {
+        let heard = self.0.clone();
+        Box::new(move |events| {
+            let mut heard = heard.lock().unwrap();
+            let mut touched = Vec::new();
+            for event in events {
+                assert!(!touched.contains(&event.id), "two events of one request in one step");
+                touched.push(event.id);
+                let heard = heard.entry(event.id).or_default();
+                assert!(heard.finish.is_none(), "an event behind the last one");
+                heard.tokens.extend(event.tokens);
+                heard.text.push_str(&event.text);
+                heard.finish = event.finish;
+            }
+        })
+    }
+
+    fn of(&self, id: u64) -> Heard {
+        self.0.lock().unwrap().get(&SequenceId(id)).cloned().unwrap_or_default()
+    }
+}
+
+fn info(slots: u32) -> ModelInfo {
+    ModelInfo {
+        name: "toy".into(),
+        revision: String::new(),
+        architecture: String::new(),
+        format: String::new(),
+        context: CONTEXT as u32,
+        backend: "toy".into(),
+        device: String::new(),
+        slots,
+    }
+}
+
+fn runner(slots: u32, blocks: usize) -> (Runner, Ears) {
+    let ears = Ears::default();
+    let toy = Toy { memory: vec![[u32::MAX; BLOCK]; blocks] };
+    let language = crate::language::tests::smollm2();
+    let runner = Runner::new(Box::new(toy), language, &info(slots), blocks, Arc::default(), ears.sink());
+    (runner, ears)
+}
+
+fn request(id: u64, prompt: &str) -> Request {
+    Request {
+        id: SequenceId(id),
+        prompt: Prompt::Text(prompt.into()),
+        sampling: Sampling::default(),
+        max_tokens: Some(20),
+        stop: Vec::new(),
+        resume: Vec::new(),
+        priority: Priority::Interactive,
+        deadline: None,
+    }
+}
+
+impl Runner {
+    fn submit(&mut self, request: Request) {
+        let id = request.id;
+        let command = match self.language.prepare(request, CONTEXT) {
+            Ok(sequence) => Command::Submit(Box::new(sequence)),
+            Err(error) => Command::Refuse(id, error),
+        };
+        self.obey(command);
+    }
+
+    fn finish(&mut self) {
+        for _ in 0..100_000 {
+            if self.scheduler.is_idle() {
+                return self.report();
+            }
+            self.turn();
+        }
+        panic!("does not come to an end");
+    }
+}
+
+/// What a request yields in an engine of its own with room for everything.
+fn alone(request: &Request) -> Heard {
+    let (mut runner, ears) = runner(1, CONTEXT.div_ceil(BLOCK));
+    runner.submit(request.clone());
+    runner.finish();
+    ears.of(request.id.0)
+}
+
+fn reason(heard: &Heard) -> &FinishReason {
+    &heard.finish.as_ref().expect("it has ended").reason
+}
+
+fn any_request(random: &mut StdRng, id: u64) -> Request {
+    let shared = "0123456789012345678901234567890123456789";
+    let letter = |random: &mut StdRng| char::from(random.random_range(b'a'..=b'z'));
+    let mut prompt: String = if random.random_bool(0.5) { shared.into() } else { String::new() };
+    prompt.extend((0..random.random_range(1..60)).map(|_| letter(random)));
+    let mut request = request(id, &prompt);
+    request.max_tokens = if random.random_bool(0.1) { None } else { Some(random.random_range(1..60)) };
+    if random.random_bool(0.5) {
+        request.sampling.temperature = 1.0;
+        request.sampling.seed = random.random();
+    }
+    if random.random_bool(0.3) {
+        request.stop = vec![(0..random.random_range(1..3)).map(|_| letter(random)).collect()];
+    }
+    if random.random_bool(0.3) {
+        request.priority = Priority::Batch;
+    }
+    request
+}
+
+#[test]
+fn texts_are_the_same_in_whatever_company() {
+    for seed in 0..150 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let slots = random.random_range(1..6);
+        let blocks = CONTEXT.div_ceil(BLOCK) + random.random_range(0..8);
+        let (mut runner, ears) = runner(slots, blocks);
+        runner.pace.fixed = Some(random.random_range(1..80));
+        let requests: Vec<_> =
+            (0..random.random_range(2..14)).map(|id| any_request(&mut random, id)).collect();
+        let mut cancelled = Vec::new();
+        let mut next = requests.iter();
+        while next.len() > 0 || !runner.scheduler.is_idle() {
+            if random.random_bool(0.2) {
+                next.next().into_iter().for_each(|request| runner.submit(request.clone()));
+            }
+            if random.random_bool(0.02) {
+                let id = random.random_range(0..requests.len()) as u64;
+                cancelled.push(id);
+                runner.obey(Command::Cancel(SequenceId(id)));
+            }
+            runner.turn();
+        }
+        assert_eq!(runner.scheduler.blocks(), (0, blocks), "seed {seed}: blocks are lost");
+        for request in &requests {
+            let (heard, expected) = (ears.of(request.id.0), alone(request));
+            if cancelled.contains(&request.id.0) && *reason(&heard) == FinishReason::Cancelled {
+                assert!(expected.tokens.starts_with(&heard.tokens), "seed {seed}: {request:?}");
+                assert!(expected.text.starts_with(&heard.text), "seed {seed}: {request:?}");
+                continue;
+            }
+            assert_eq!(
+                (&heard.tokens, &heard.text),
+                (&expected.tokens, &expected.text),
+                "seed {seed}: {request:?}"
+            );
+            assert_eq!(reason(&heard), reason(&expected), "seed {seed}: {request:?}");
+        }
+    }
+}
+
+#[test]
+fn a_resumed_request_goes_on_where_it_was() {
+    let mut random = StdRng::seed_from_u64(7);
+    for id in 0..60 {
+        let request = any_request(&mut random, id);
+        let whole = alone(&request);
+        let cut = random.random_range(0..whole.tokens.len());
+        let mut resumed = request.clone();
+        resumed.resume = whole.tokens[..cut].to_vec();
+        let rest = alone(&resumed);
+        assert_eq!(rest.tokens, whole.tokens[cut..], "{request:?}");
+        assert_eq!(reason(&rest), reason(&whole));
+        let usage = |heard: &Heard| heard.finish.as_ref().map(|finish| finish.usage.completion_tokens);
+        assert_eq!(usage(&rest), usage(&whole));
+        let released = released_for(&request, &whole.tokens[..cut]);
+        assert_eq!(released + &rest.text, whole.text, "{request:?}");
+    }
+}
+
+/// Text that the first tokens of a request release while it goes on.
+fn released_for(request: &Request, tokens: &[u32]) -> String {
+    let (mut runner, ears) = runner(1, CONTEXT.div_ceil(BLOCK));
+    runner.submit(request.clone());
+    while ears.of(request.id.0).tokens.len() < tokens.len() {
+        runner.turn();
+    }
+    ears.of(request.id.0).text
+}
+
+#[test]
+fn preemption_happens_and_goes_unnoticed() {
+    let (mut runner, ears) = runner(8, 8);
+    let requests: Vec<_> =
+        (0..6).map(|id| Request { max_tokens: Some(120), ..request(id, &format!("prompt {id}")) }).collect();
+    requests.iter().for_each(|request| runner.submit(request.clone()));
+    let mut most = 0;
+    let mut preempted = false;
+    while !runner.scheduler.is_idle() {
+        runner.turn();
+        most = most.max(runner.scheduler.running_count());
+        preempted |= runner.scheduler.running_count() < most && runner.scheduler.waiting_count() > 0;
+    }
+    assert!(preempted);
+    for request in &requests {
+        assert_eq!(ears.of(request.id.0).tokens, alone(request).tokens);
+    }
+}
+
+#[test]
+fn a_shared_prefix_is_counted_as_cached() {
+    let (mut runner, ears) = runner(4, 20);
+    let prompt = "7".repeat(2 * BLOCK + 10);
+    runner.submit(request(1, &prompt));
+    runner.finish();
+    runner.submit(request(2, &prompt));
+    runner.submit(request(3, "something else"));
+    runner.finish();
+    let cached = |id| ears.of(id).finish.unwrap().usage.cached_prompt_tokens;
+    assert_eq!((cached(1), cached(2), cached(3)), (0, 2 * BLOCK as u32, 0));
+    assert_eq!(ears.of(1).tokens, ears.of(2).tokens);
+}
+
+#[test]
+fn ends_are_told_with_their_reasons() {
+    let (mut runner, ears) = runner(4, 20);
+    let past = Instant::now() - Duration::from_millis(1);
+    runner.submit(Request { deadline: Some(past), ..request(1, "late") });
+    runner.submit(Request { prompt: Prompt::Text("7".repeat(CONTEXT)), ..request(2, "") });
+    runner.submit(request(3, ""));
+    runner.submit(Request { max_tokens: None, ..request(4, "on and on") });
+    runner.submit(Request { max_tokens: Some(0), ..request(5, "nothing") });
+    runner.submit(request(6, "gone"));
+    runner.obey(Command::Cancel(SequenceId(6)));
+    runner.obey(Command::Cancel(SequenceId(99)));
+    runner.finish();
+    let error = |id| match reason(&ears.of(id)).clone() {
+        FinishReason::Error(error) => error,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(*reason(&ears.of(1)), FinishReason::Deadline);
+    assert_eq!(error(2).kind, RequestErrorKind::ContextLength);
+    assert_eq!(error(2).message.matches("200").count(), 2, "{}", error(2).message);
+    assert_eq!(error(3).kind, RequestErrorKind::Invalid);
+    let full = ears.of(4);
+    assert!(matches!(reason(&full), FinishReason::Length | FinishReason::Stop));
+    let usage = full.finish.unwrap().usage;
+    assert!(usage.prompt_tokens + usage.completion_tokens <= CONTEXT as u32);
+    assert_eq!(*reason(&ears.of(5)), FinishReason::Length);
+    assert_eq!(*reason(&ears.of(6)), FinishReason::Cancelled);
+}
+
+#[test]
+fn a_panic_ends_its_step_only() {
+    let (mut runner, ears) = runner(2, 20);
+    let bystander = Request { max_tokens: Some(100), ..request(1, "waits its turn") };
+    runner.submit(Request { priority: Priority::Batch, ..bystander.clone() });
+    runner.turn();
+    runner.submit(request(2, &boom()));
+    runner.submit(request(3, "comes later"));
+    runner.finish();
+    for id in [1, 2] {
+        assert!(
+            matches!(reason(&ears.of(id)), FinishReason::Error(error) if error.kind == RequestErrorKind::Internal)
+        );
+    }
+    assert_eq!(ears.of(3).tokens, alone(&request(3, "comes later")).tokens);
+    runner.submit(Request { id: SequenceId(4), ..bystander.clone() });
+    runner.finish();
+    assert_eq!(ears.of(4).tokens, alone(&bystander).tokens);
+}
+
+#[test]
+fn batch_waits_for_interactive_but_not_for_ever() {
+    let (mut runner, ears) = runner(1, 20);
+    runner.submit(Request { priority: Priority::Batch, ..request(0, "batch") });
+    for id in 1..30 {
+        runner.submit(request(id, &format!("interactive {id}")));
+    }
+    let mut before = 0;
+    while ears.of(0).finish.is_none() {
+        runner.turn();
+        before = (1..30).filter(|id| ears.of(*id).finish.is_some()).count();
+    }
+    assert!((1..=10).contains(&before), "{before} interactive requests went first");
+}
+
+#[test]
+fn a_long_prompt_does_not_stop_running_streams() {
+    let (mut runner, ears) = runner(2, 20);
+    runner.pace.fixed = Some(8);
+    runner.submit(Request { max_tokens: Some(100), ..request(1, "stream") });
+    runner.turn();
+    runner.turn();
+    runner.submit(request(2, &"7".repeat(150)));
+    while ears.of(2).tokens.is_empty() {
+        let before = ears.of(1).tokens.len();
+        runner.turn();
+        assert!(ears.of(1).tokens.len() > before || ears.of(1).finish.is_some());
+    }
+}
+
+#[test]
+fn a_thread_serves_and_ends_with_its_handle() {
+    let ears = Ears::default();
+    let load = || {
+        let (runner, _) = runner(4, 20);
+        Ok::<_, ()>(Ready { model: runner.model, language: runner.language, info: info(4), blocks: 20 })
+    };
+    let handle = start(load, ears.sink()).unwrap();
+    handle.submit(request(1, "one"));
+    handle.submit(request(2, ""));
+    while ears.of(1).finish.is_none() || ears.of(2).finish.is_none() {
+        std::thread::yield_now();
+    }
+    assert_eq!(ears.of(1).tokens, alone(&request(1, "one")).tokens);
+    assert_eq!(handle.stats().tokens, ears.of(1).tokens.len() as u64);
+    handle.submit(Request { max_tokens: None, ..request(3, "dropped") });
+    drop(handle);
+}
+
+#[test]
+fn a_failed_start_says_why() {
+    assert_eq!(start(|| Err("no model"), Ears::default().sink()).err(), Some("no model"));
+}

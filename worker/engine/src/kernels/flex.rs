@@ -1,0 +1,216 @@
+//! The CPU: Burn's flex backend, with the kernels of [`cpu`](super::cpu) on its tensors' memory.
+//!
+//! Weights stay packed, keys and values are written in place, and the buffers of tensors that an operation uses up
+//! become the results of later ones: at the pace of a small model's layers, zeroing fresh memory would show.
+
+use std::cell::RefCell;
+
+use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive};
+use burn_flex::{Flex, FlexDevice, FlexTensor};
+
+use super::cpu::{self, Angles, AttentionSpec, KvShape, Packed, Pool};
+use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Rotation, Step, Weight};
+use crate::weights::{Activation, TensorView};
+
+/// Most buffers that are kept for reuse; a layer has fewer tensors at once.
+const SPARE_BUFFERS: usize = 16;
+
+/// Threads, and memory for results.
+pub(crate) struct Cpu {
+    pool: Pool,
+    spare: RefCell<Vec<Vec<f32>>>,
+}
+
+impl Cpu {
+    /// With so many threads, the calling one included.
+    pub fn new(threads: usize) -> Self {
+        Self { pool: Pool::new(threads), spare: RefCell::default() }
+    }
+
+    /// A buffer of `len` numbers, whatever they are: the smallest that is large enough.
+    fn buffer(&self, len: usize) -> Vec<f32> {
+        let mut spare = self.spare.borrow_mut();
+        let fitting = spare.iter().enumerate().filter(|(_, buffer)| buffer.capacity() >= len);
+        let best = fitting.min_by_key(|(_, buffer)| buffer.capacity()).map(|(index, _)| index);
+        let mut buffer = best.map(|index| spare.swap_remove(index)).unwrap_or_default();
+        buffer.resize(len, 0.0);
+        buffer
+    }
+
+    /// Keeps a tensor's memory for later, if nobody else has the tensor.
+    fn recycle(&self, tensor: FlexTensor) {
+        if !tensor.is_unique() {
+            return;
+        }
+        if let Ok(buffer) = tensor.into_data().into_vec() {
+            let mut spare = self.spare.borrow_mut();
+            if spare.len() < SPARE_BUFFERS {
+                spare.push(buffer);
+            }
+        }
+    }
+}
+
+fn bare<const D: usize>(tensor: Tensor<Flex, D>) -> FlexTensor {
+    tensor.into_primitive().tensor()
+}
+
+/// Its numbers. Kernels' tensors are never views, so nothing is copied but in tests.
+fn contiguous(tensor: FlexTensor) -> FlexTensor {
+    if tensor.as_slice::<f32>().is_some() { tensor } else { tensor.to_contiguous() }
+}
+
+fn numbers(tensor: &FlexTensor) -> &[f32] {
+    tensor.as_slice().expect("a contiguous tensor of f32")
+}
+
+fn wrap(values: Vec<f32>, shape: [usize; 2]) -> Tensor<Flex, 2> {
+    let tensor = FlexTensor::from_data(TensorData::new(values, shape));
+    Tensor::from_primitive(TensorPrimitive::Float(tensor))
+}
+
+impl Weight<Flex> for Packed {
+    fn load(context: &Cpu, _: &FlexDevice, matrix: &TensorView<'_>) -> Self {
+        Packed::pack(matrix.dtype, matrix.shape[0], matrix.shape[1], matrix.data, &context.pool)
+            .expect("a checkpoint's tensors have the bytes that their shapes need")
+    }
+
+    fn apply(&self, context: &Cpu, x: Tensor<Flex, 2>) -> Tensor<Flex, 2> {
+        let [y] = Flex::project(context, x, [self]);
+        y
+    }
+
+    fn bytes(&self) -> usize {
+        Packed::bytes(self)
+    }
+}
+
+impl Kernels for Flex {
+    type Context = Cpu;
+    type Weight = Packed;
+
+    fn rms_norm(context: &Cpu, x: Tensor<Self, 2>, weight: &Tensor<Self, 1>, eps: f32) -> Tensor<Self, 2> {
+        let shape = x.dims();
+        let (x, weight) = (contiguous(bare(x)), bare(weight.clone()));
+        let mut out = context.buffer(shape[0] * shape[1]);
+        cpu::rms_norm(&context.pool, numbers(&x), numbers(&weight), eps, &mut out);
+        context.recycle(x);
+        wrap(out, shape)
+    }
+
+    fn add_rms_norm(
+        context: &Cpu,
+        residual: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        weight: &Tensor<Self, 1>,
+        eps: f32,
+    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
+        let shape = residual.dims();
+        let (mut sum, x, weight) = (contiguous(bare(residual)), contiguous(bare(x)), bare(weight.clone()));
+        let mut out = context.buffer(shape[0] * shape[1]);
+        cpu::add_rms_norm(&context.pool, sum.storage_mut(), numbers(&x), numbers(&weight), eps, &mut out);
+        context.recycle(x);
+        (Tensor::from_primitive(TensorPrimitive::Float(sum)), wrap(out, shape))
+    }
+
+    fn project<const N: usize>(
+        context: &Cpu,
+        x: Tensor<Self, 2>,
+        weights: [&Packed; N],
+    ) -> [Tensor<Self, 2>; N] {
+        let [rows, _] = x.dims();
+        let x = contiguous(bare(x));
+        let mut outs = weights.map(|weight| context.buffer(rows * weight.rows()));
+        cpu::linear_many(&context.pool, numbers(&x), &weights, &mut outs.each_mut().map(Vec::as_mut_slice));
+        context.recycle(x);
+        let mut widths = weights.iter().map(|weight| weight.rows());
+        outs.map(|out| wrap(out, [rows, widths.next().expect("as many as outputs")]))
+    }
+
+    /// Keys `[blocks, heads, dim, BLOCK]`, values `[blocks, heads, BLOCK, dim]`.
+    fn cache(_: &Cpu, _: &FlexDevice, heads: &Heads, blocks: usize) -> KvLayer<Self> {
+        let shape = kv_shape(heads);
+        let zeros = |block: usize| FlexTensor::zeros(Shape::new([blocks, block]), burn::tensor::DType::F32);
+        KvLayer { keys: zeros(shape.key_block()), values: zeros(shape.value_block()) }
+    }
+
+    fn rope_append(
+        context: &Cpu,
+        [q, k, v]: [Tensor<Self, 2>; 3],
+        heads: &Heads,
+        norms: Option<&HeadNorms<Self>>,
+        rope: usize,
+        step: &Step<Self>,
+        cache: &mut KvLayer<Self>,
+    ) -> Tensor<Self, 2> {
+        let [rows, width] = q.dims();
+        let rotated = |x: Tensor<Self, 2>, count: usize, norm: Option<&Tensor<Self, 1>>| {
+            let x = match norms.zip(norm) {
+                Some((norms, weight)) => {
+                    Self::rms_norm(context, x.reshape([rows * count, heads.dim]), weight, norms.eps)
+                }
+                None => x,
+            };
+            let mut x = contiguous(bare(x));
+            let Rotation { style, cos, sin } = &step.rotations[rope];
+            let angles = Angles { pairs: heads.dim / 2, cos, sin };
+            cpu::rope(&context.pool, x.storage_mut(), count, heads.dim, *style, &angles);
+            x
+        };
+        let q = rotated(q, heads.queries, norms.map(|norms| &norms.query));
+        let k = rotated(k, heads.keys, norms.map(|norms| &norms.key));
+        let v = contiguous(bare(v));
+        cpu::kv_write::<f32>(
+            &context.pool,
+            &kv_shape(heads),
+            cache.keys.storage_mut(),
+            cache.values.storage_mut(),
+            &step.rows(),
+            numbers(&k),
+            numbers(&v),
+        );
+        context.recycle(k);
+        context.recycle(v);
+        Tensor::<Self, 2>::from_primitive(TensorPrimitive::Float(q)).reshape([rows, width])
+    }
+
+    fn attend(
+        context: &Cpu,
+        q: Tensor<Self, 2>,
+        heads: &Heads,
+        step: &Step<Self>,
+        cache: &KvLayer<Self>,
+    ) -> Tensor<Self, 2> {
+        let shape = q.dims();
+        let q = contiguous(bare(q));
+        let spec =
+            AttentionSpec { heads: heads.queries, scale: heads.scale, window: heads.window, softcap: None };
+        let mut out = context.buffer(shape[0] * shape[1]);
+        cpu::attention::<f32>(
+            &context.pool,
+            &spec,
+            &kv_shape(heads),
+            cache.keys.storage(),
+            cache.values.storage(),
+            &step.rows(),
+            numbers(&q),
+            &mut out,
+        );
+        context.recycle(q);
+        wrap(out, shape)
+    }
+
+    fn gated(context: &Cpu, [gate, up]: [Tensor<Self, 2>; 2], activation: Activation) -> Tensor<Self, 2> {
+        let shape = gate.dims();
+        let (gate, up) = (contiguous(bare(gate)), contiguous(bare(up)));
+        let mut out = context.buffer(shape[0] * shape[1]);
+        cpu::gated(&context.pool, activation, numbers(&gate), numbers(&up), &mut out);
+        context.recycle(gate);
+        context.recycle(up);
+        wrap(out, shape)
+    }
+}
+
+fn kv_shape(heads: &Heads) -> KvShape {
+    KvShape { block: BLOCK, heads: heads.keys, head_dim: heads.dim }
+}

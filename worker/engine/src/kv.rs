@@ -1,0 +1,247 @@
+//! Who owns which block of the KV cache.
+//!
+//! The cache is cut into blocks of [`BLOCK`] positions; a sequence owns as many as its length needs, in any order. A full block
+//! is known by a digest of all tokens up to its end: a new sequence that starts with the same tokens takes the block over
+//! instead of computing it, and counts as one more reference. Blocks that nobody references any more stay findable until
+//! their room is needed, the longest unused first. Only bookkeeping happens here; the memory is the model's.
+
+use std::collections::{BTreeMap, HashMap};
+
+use sha2::{Digest, Sha256};
+
+use crate::kernels::BLOCK;
+
+/// Digest of all tokens up to a block's end. Cryptographic, so that nobody can make up a prompt that finds another's block.
+type Key = [u8; 16];
+
+const ROOT: Key = [0; 16];
+
+#[derive(Clone, Default)]
+struct Block {
+    references: u32,
+    /// Under which digest it can be found.
+    key: Option<Key>,
+    /// When it was last given up; its place in `idle`.
+    idle_since: u64,
+}
+
+/// All blocks of a cache.
+pub(crate) struct BlockPool {
+    blocks: Vec<Block>,
+    /// Blocks that hold nothing.
+    free: Vec<u32>,
+    /// Blocks by digest, referenced or idle.
+    by_key: HashMap<Key, u32>,
+    /// Blocks that hold something but that nobody references, longest unused first.
+    idle: BTreeMap<u64, u32>,
+    clock: u64,
+}
+
+/// The blocks of one sequence.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    blocks: Vec<u32>,
+    /// Digests of its first blocks, as far as they are full and findable.
+    keys: Vec<Key>,
+}
+
+impl Table {
+    /// Block numbers in order of positions.
+    pub fn blocks(&self) -> &[u32] {
+        &self.blocks
+    }
+}
+
+impl BlockPool {
+    /// A pool of `count` blocks.
+    pub fn new(count: usize) -> Self {
+        Self {
+            blocks: vec![Block::default(); count],
+            free: (0..count as u32).rev().collect(),
+            by_key: HashMap::new(),
+            idle: BTreeMap::new(),
+            clock: 0,
+        }
+    }
+
+    /// Blocks in all.
+    pub fn total(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Blocks that can be had now.
+    pub fn available(&self) -> usize {
+        self.free.len() + self.idle.len()
+    }
+
+    /// Takes over what is cached of `tokens`: whole blocks only, and never all tokens, since the last one's logits are wanted.
+    pub fn reuse(&mut self, tokens: &[u32]) -> Table {
+        let mut table = Table::default();
+        let reusable = &tokens[..tokens.len().saturating_sub(1)];
+        for chunk in reusable.chunks_exact(BLOCK) {
+            let key = digest(table.keys.last().unwrap_or(&ROOT), chunk);
+            let Some(&block) = self.by_key.get(&key) else { break };
+            self.reference(block);
+            table.blocks.push(block);
+            table.keys.push(key);
+        }
+        table
+    }
+
+    /// Gives `table` room for `positions`; false (and nothing changed) when there are not enough blocks.
+    pub fn grow(&mut self, table: &mut Table, positions: usize) -> bool {
+        let missing = positions.div_ceil(BLOCK).saturating_sub(table.blocks.len());
+        if missing > self.available() {
+            return false;
+        }
+        for _ in 0..missing {
+            let block = self.take();
+            self.blocks[block as usize].references = 1;
+            table.blocks.push(block);
+        }
+        true
+    }
+
+    /// Makes the full blocks among the first `computed` positions findable; `tokens` are the sequence's.
+    pub fn publish(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
+        for index in table.keys.len()..computed / BLOCK {
+            let key = digest(table.keys.last().unwrap_or(&ROOT), &tokens[index * BLOCK..(index + 1) * BLOCK]);
+            table.keys.push(key);
+            let block = table.blocks[index];
+            // Where two sequences computed the same block side by side, the first one's stays.
+            self.by_key.entry(key).or_insert_with(|| {
+                self.blocks[block as usize].key = Some(key);
+                block
+            });
+        }
+    }
+
+    /// Gives a sequence's blocks up. The last ones first, so that a prefix outlives its continuations.
+    pub fn release(&mut self, table: Table) {
+        for &number in table.blocks.iter().rev() {
+            let block = &mut self.blocks[number as usize];
+            block.references -= 1;
+            if block.references > 0 {
+                continue;
+            }
+            if block.key.is_some() {
+                self.clock += 1;
+                block.idle_since = self.clock;
+                self.idle.insert(self.clock, number);
+            } else {
+                self.free.push(number);
+            }
+        }
+    }
+
+    fn reference(&mut self, number: u32) {
+        let block = &mut self.blocks[number as usize];
+        if block.references == 0 {
+            self.idle.remove(&block.idle_since);
+        }
+        block.references += 1;
+    }
+
+    fn take(&mut self) -> u32 {
+        if let Some(block) = self.free.pop() {
+            return block;
+        }
+        let (_, block) = self.idle.pop_first().expect("the caller has looked at what is available");
+        if let Some(key) = self.blocks[block as usize].key.take() {
+            self.by_key.remove(&key);
+        }
+        block
+    }
+}
+
+fn digest(parent: &Key, tokens: &[u32]) -> Key {
+    let mut hash = Sha256::new_with_prefix(parent);
+    for token in tokens {
+        hash.update(token.to_le_bytes());
+    }
+    let mut key = ROOT;
+    key.copy_from_slice(&hash.finalize()[..16]);
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(seed: u32, count: usize) -> Vec<u32> {
+        (0..count as u32).map(|i| seed * 1000 + i).collect()
+    }
+
+    #[test]
+    fn growing_takes_what_it_needs_or_nothing() {
+        let mut pool = BlockPool::new(3);
+        let mut a = Table::default();
+        assert!(pool.grow(&mut a, BLOCK + 1));
+        assert_eq!((a.blocks().len(), pool.available()), (2, 1));
+        let mut b = Table::default();
+        assert!(!pool.grow(&mut b, BLOCK + 1));
+        assert_eq!((b.blocks().len(), pool.available()), (0, 1));
+        pool.release(a);
+        assert!(pool.grow(&mut b, 3 * BLOCK));
+        pool.release(b);
+        assert_eq!(pool.available(), 3);
+    }
+
+    #[test]
+    fn a_prefix_is_shared_while_used_and_found_again_afterwards() {
+        let mut pool = BlockPool::new(8);
+        let prompt = tokens(1, 2 * BLOCK + 5);
+        let mut a = pool.reuse(&prompt);
+        assert!(a.blocks().is_empty());
+        pool.grow(&mut a, prompt.len());
+        pool.publish(&mut a, &prompt, prompt.len());
+        let b = pool.reuse(&prompt);
+        assert_eq!(b.blocks(), &a.blocks()[..2]);
+        let first = b.blocks().to_vec();
+        pool.release(a);
+        pool.release(b);
+        assert_eq!(pool.available(), 8);
+        let c = pool.reuse(&prompt);
+        assert_eq!(c.blocks(), first);
+        pool.release(c);
+    }
+
+    #[test]
+    fn the_last_token_is_never_taken_from_the_cache() {
+        let mut pool = BlockPool::new(4);
+        let prompt = tokens(1, 2 * BLOCK);
+        let mut a = Table::default();
+        pool.grow(&mut a, prompt.len());
+        pool.publish(&mut a, &prompt, prompt.len());
+        assert_eq!(pool.reuse(&prompt).blocks().len(), 1);
+    }
+
+    #[test]
+    fn a_block_is_found_only_behind_its_own_prefix() {
+        let mut pool = BlockPool::new(8);
+        let (a, b) = (tokens(1, BLOCK), tokens(2, BLOCK));
+        let one = [a.clone(), b.clone(), vec![0]].concat();
+        let mut table = Table::default();
+        pool.grow(&mut table, one.len());
+        pool.publish(&mut table, &one, one.len());
+        assert!(pool.reuse(&[b, a, vec![0]].concat()).blocks().is_empty());
+    }
+
+    #[test]
+    fn the_longest_unused_goes_first_and_prefixes_outlive_continuations() {
+        let mut pool = BlockPool::new(4);
+        let (old, new) = (tokens(1, 2 * BLOCK), tokens(2, 2 * BLOCK));
+        for prompt in [&old, &new] {
+            let mut table = Table::default();
+            pool.grow(&mut table, prompt.len());
+            pool.publish(&mut table, prompt, prompt.len());
+            pool.release(table);
+        }
+        let mut table = Table::default();
+        assert!(pool.grow(&mut table, BLOCK));
+        let more = |prompt: &[u32]| [prompt, &[0]].concat();
+        let found = pool.reuse(&more(&old));
+        assert_eq!(found.blocks().len(), 1);
+        assert_eq!(pool.reuse(&more(&new)).blocks().len(), 2);
+    }
+}

@@ -1,0 +1,49 @@
+//! The models: what turns a batch of tokens into logits.
+//!
+//! One file per architecture, or family of architectures that differ by settings, generic over the backend. Behind [`Model`] neither backend nor architecture shows, so that
+//! the scheduler is compiled once and can be tested with a model that is none.
+
+mod decoder;
+mod embedding;
+mod layers;
+mod rope;
+
+use crate::LoadError;
+use crate::batch::Batch;
+use crate::kernels::Kernels;
+use crate::weights::Checkpoint;
+
+pub(crate) use rope::Rope;
+
+/// A model with its KV cache.
+pub(crate) trait Model {
+    /// Runs the batch's rows through the model, which also caches their keys and values. Returns the logits of
+    /// [`Batch::outputs`], one row of [`vocabulary`](Self::vocabulary) numbers after another.
+    fn forward(&mut self, batch: &Batch) -> Vec<f32>;
+
+    /// Width of a row of logits.
+    fn vocabulary(&self) -> usize;
+
+    /// Brings the model into order after a panic in [`forward`](Self::forward); what was cached is lost.
+    fn reset(&mut self);
+}
+
+/// Where and how a model is set up.
+pub(crate) struct Setup<'a, B: Kernels> {
+    /// Kernels' context.
+    pub context: B::Context,
+    /// Where tensors go.
+    pub device: B::Device,
+    /// Blocks of the KV cache.
+    pub blocks: usize,
+    /// Told the bytes of each tensor that has been taken over.
+    pub progress: &'a mut dyn FnMut(u64),
+}
+
+/// Takes over a checkpoint's weights.
+pub(crate) fn load<B: Kernels>(
+    checkpoint: Checkpoint,
+    setup: Setup<'_, B>,
+) -> Result<Box<dyn Model>, LoadError> {
+    Ok(Box::new(decoder::Decoder::<B>::load(checkpoint, setup)?))
+}

@@ -1,0 +1,234 @@
+//! Who joins, who steps, who leaves.
+//!
+//! Continuous batching: before every step the scheduler looks again at who is there. Running sequences get their row; what is
+//! left of the step's budget goes to prompts, in chunks, so that a long prompt does not hold up the streams beside it.
+//! Sequences are let in while there are slots and blocks for all their tokens. When a running one needs a block and there is
+//! none, the least important one is preempted: it gives all its blocks up, waits at the head of its lane, and is computed
+//! again later. The most important one always finds room, because the cache holds at least one whole context.
+
+use std::collections::VecDeque;
+
+use crate::batch::Batch;
+use crate::kernels::BLOCK;
+use crate::kv::BlockPool;
+use crate::sequence::Sequence;
+use crate::{Priority, SequenceId};
+
+/// Every so-many-th slot, and every so-many-th admission, belongs to the batch lane if something waits there.
+const BATCH_SHARE: usize = 10;
+
+/// A sequence with a slot.
+struct Running {
+    sequence: Sequence,
+    /// How many of its tokens the planned step computes.
+    rows: usize,
+}
+
+/// The sequences of an engine, and the cache's blocks.
+pub(crate) struct Scheduler {
+    slots: usize,
+    pool: BlockPool,
+    /// By [`Priority`].
+    waiting: [VecDeque<Sequence>; 2],
+    /// By importance: interactive before batch, earlier arrivals before later ones.
+    running: Vec<Running>,
+    arrivals: u64,
+    /// Admissions since one from the batch lane.
+    since_batch: usize,
+}
+
+impl Scheduler {
+    /// At most `slots` sequences together, over `blocks` blocks of cache.
+    pub fn new(slots: usize, blocks: usize) -> Self {
+        Self {
+            slots,
+            pool: BlockPool::new(blocks),
+            waiting: Default::default(),
+            running: Vec::new(),
+            arrivals: 0,
+            since_batch: 0,
+        }
+    }
+
+    /// Takes a sequence in.
+    pub fn submit(&mut self, mut sequence: Sequence) {
+        self.arrivals += 1;
+        sequence.arrival = self.arrivals;
+        self.waiting[sequence.priority as usize].push_back(sequence);
+    }
+
+    /// Whether there is nobody.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting_count() == 0
+    }
+
+    /// How many wait.
+    pub fn waiting_count(&self) -> usize {
+        self.waiting.iter().map(VecDeque::len).sum()
+    }
+
+    /// How many have a slot.
+    pub fn running_count(&self) -> usize {
+        self.running.len()
+    }
+
+    /// How many sequences wait for nothing but their next token.
+    pub fn decoding_count(&self) -> usize {
+        self.running.iter().filter(|running| running.sequence.decoding()).count()
+    }
+
+    /// Blocks that sequences hold, and blocks in all.
+    pub fn blocks(&self) -> (usize, usize) {
+        (self.pool.total() - self.pool.available(), self.pool.total())
+    }
+
+    /// The sequence of that name, wherever it is.
+    pub fn find(&mut self, id: SequenceId) -> Option<&mut Sequence> {
+        self.all().find(|sequence| sequence.id == id)
+    }
+
+    /// All sequences.
+    pub fn all(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        let running = self.running.iter_mut().map(|running| &mut running.sequence);
+        running.chain(self.waiting.iter_mut().flatten())
+    }
+
+    /// Fills `batch` with the next step: all that decode, and up to `chunk` tokens of prompts.
+    pub fn plan(&mut self, batch: &mut Batch, chunk: usize) {
+        batch.clear();
+        if self.make_room() {
+            self.admit();
+        }
+        let mut left = chunk;
+        for running in &mut self.running {
+            let sequence = &running.sequence;
+            let pending = sequence.pending();
+            let rows = if sequence.decoding() { 1 } else { pending.len().min(left) };
+            running.rows = rows;
+            if rows == 0 {
+                continue;
+            }
+            if !sequence.decoding() {
+                left -= rows;
+            }
+            let outputs = usize::from(rows == pending.len());
+            batch.push(&pending[..rows], sequence.computed, sequence.table.blocks(), outputs);
+        }
+    }
+
+    /// Gives every running sequence the blocks it needs, by importance, and preempts where there are none. Whether nobody had
+    /// to go.
+    fn make_room(&mut self) -> bool {
+        let before = self.running.len();
+        let mut index = 0;
+        while index < self.running.len() {
+            let sequence = &mut self.running[index].sequence;
+            let positions = sequence.tokens().len();
+            if self.pool.grow(&mut sequence.table, positions) {
+                index += 1;
+            } else {
+                self.preempt();
+            }
+        }
+        self.running.len() == before
+    }
+
+    /// Sends the least important running sequence back to the head of its lane.
+    fn preempt(&mut self) {
+        let mut sequence = self.running.pop().expect("a sequence that wants a block runs").sequence;
+        tracing::debug!(sequence = sequence.id.0, tokens = sequence.tokens().len(), "preempted");
+        self.pool.release(std::mem::take(&mut sequence.table));
+        sequence.computed = 0;
+        self.waiting[sequence.priority as usize].push_front(sequence);
+    }
+
+    /// Lets sequences in while there are slots, and blocks for all their tokens.
+    fn admit(&mut self) {
+        while self.running.len() < self.slots {
+            let Some(lane) = self.next_lane() else { return };
+            let sequence = &mut self.waiting[lane as usize][0];
+            let mut table = self.pool.reuse(sequence.tokens());
+            let found = table.blocks().len() * BLOCK;
+            // One block for each that runs stays free, or the newcomer would soon push somebody out.
+            let needed = sequence.tokens().len().div_ceil(BLOCK) - table.blocks().len();
+            let spare = self.running.len();
+            if needed + spare > self.pool.available() || !self.pool.grow(&mut table, sequence.tokens().len())
+            {
+                self.pool.release(table);
+                return;
+            }
+            let mut sequence = self.waiting[lane as usize].pop_front().expect("it was there");
+            sequence.table = table;
+            sequence.found_in_cache(found);
+            self.insert(sequence);
+        }
+    }
+
+    /// Whose turn it is: the interactive lane's, unless the batch lane has waited for its share.
+    fn next_lane(&self) -> Option<Priority> {
+        let waits = |lane: Priority| !self.waiting[lane as usize].is_empty();
+        let running =
+            self.running.iter().filter(|running| running.sequence.priority == Priority::Batch).count();
+        let owed = running < self.slots / BATCH_SHARE || self.since_batch + 1 >= BATCH_SHARE;
+        match (waits(Priority::Interactive), waits(Priority::Batch)) {
+            (true, true) if owed => Some(Priority::Batch),
+            (true, _) => Some(Priority::Interactive),
+            (false, true) => Some(Priority::Batch),
+            (false, false) => None,
+        }
+    }
+
+    fn insert(&mut self, sequence: Sequence) {
+        match sequence.priority {
+            Priority::Interactive => self.since_batch += 1,
+            Priority::Batch => self.since_batch = 0,
+        }
+        let importance = |sequence: &Sequence| (sequence.priority, sequence.arrival);
+        let place = self.running.partition_point(|other| importance(&other.sequence) < importance(&sequence));
+        self.running.insert(place, Running { sequence, rows: 0 });
+    }
+
+    /// Sequences that take part in the planned step, in the batch's order.
+    pub fn stepped(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        let stepped = self.running.iter_mut().filter(|running| running.rows > 0);
+        stepped.map(|running| &mut running.sequence)
+    }
+
+    /// Notes that the planned rows are in the cache now.
+    pub fn computed(&mut self) {
+        for running in &mut self.running {
+            let sequence = &mut running.sequence;
+            sequence.computed += running.rows;
+            let mut table = std::mem::take(&mut sequence.table);
+            self.pool.publish(&mut table, sequence.tokens(), sequence.computed);
+            sequence.table = table;
+        }
+    }
+
+    /// Takes out all that have ended, from wherever they are.
+    pub fn take_ended(&mut self) -> Vec<Sequence> {
+        let mut ended = Vec::new();
+        for lane in &mut self.waiting {
+            while let Some(place) = lane.iter().position(|sequence| sequence.ended.is_some()) {
+                ended.extend(lane.remove(place));
+            }
+        }
+        let leaving = self.running.extract_if(.., |running| running.sequence.ended.is_some());
+        for Running { mut sequence, .. } in leaving {
+            self.pool.release(std::mem::take(&mut sequence.table));
+            ended.push(sequence);
+        }
+        ended
+    }
+
+    /// Forgets everything that is cached, because the model has lost it; running sequences are computed again.
+    pub fn forget_cache(&mut self) {
+        self.pool = BlockPool::new(self.pool.total());
+        for mut running in self.running.drain(..).rev() {
+            running.sequence.table = Default::default();
+            running.sequence.computed = 0;
+            let lane = running.sequence.priority as usize;
+            self.waiting[lane].push_front(running.sequence);
+        }
+    }
+}

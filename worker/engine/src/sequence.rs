@@ -1,0 +1,214 @@
+//! One request on its way: its tokens, its place in the cache, and the text that has come of it.
+//!
+//! A sequence is its tokens; what the cache holds of them is only a means. Whatever is not computed yet, be it a fresh
+//! prompt, the tokens of an earlier attempt, or everything after a preemption, is computed the same way, and a token is
+//! only sampled behind the last one. So nothing is ever emitted twice.
+
+use std::time::Instant;
+
+use crate::kv::Table;
+use crate::{
+    Detokenizer, Event, Finish, FinishReason, Priority, Request, RequestError, RequestErrorKind, Sampling,
+    SequenceId, StopMatcher, TokenCounts, Tokenizer, Usage, sample,
+};
+
+/// A request that has been understood.
+pub(crate) struct Sequence {
+    /// The caller's name for it.
+    pub id: SequenceId,
+    /// Who goes first.
+    pub priority: Priority,
+    /// When it ends at the latest.
+    pub deadline: Option<Instant>,
+    /// Its place in the order of arrivals.
+    pub arrival: u64,
+    /// Its blocks of the cache.
+    pub table: Table,
+    /// How many of its tokens are in the cache.
+    pub computed: usize,
+    /// Why it is over; set once.
+    pub ended: Option<FinishReason>,
+    /// Prompt, resumed and new tokens.
+    tokens: Vec<u32>,
+    /// How many of the tokens are the prompt.
+    prompt: usize,
+    /// At so many tokens it ends.
+    limit: usize,
+    sampling: Sampling,
+    /// How often each token was generated, for the penalties.
+    counts: TokenCounts,
+    text: TextStream,
+    /// What the running step adds to its event.
+    step: Output,
+    cached_prompt: u32,
+}
+
+/// What a step did for one sequence.
+#[derive(Default)]
+struct Output {
+    tokens: Vec<u32>,
+    text: String,
+}
+
+impl Sequence {
+    /// Takes over a request whose prompt is `prompt`; `context` is the most tokens that a sequence may have.
+    pub fn new(
+        request: Request,
+        prompt: Vec<u32>,
+        tokenizer: &Tokenizer,
+        context: usize,
+    ) -> Result<Self, RequestError> {
+        if prompt.is_empty() {
+            return Err(RequestError {
+                kind: RequestErrorKind::Invalid,
+                message: "the prompt is empty".into(),
+            });
+        }
+        if prompt.len() >= context {
+            let message = format!(
+                "the prompt has {} tokens, which leaves no room in the context of {context} tokens",
+                prompt.len()
+            );
+            return Err(RequestError { kind: RequestErrorKind::ContextLength, message });
+        }
+        let most = request.max_tokens.map_or(usize::MAX, |most| most as usize);
+        let mut sequence = Self {
+            id: request.id,
+            priority: request.priority,
+            deadline: request.deadline,
+            arrival: 0,
+            table: Table::default(),
+            computed: 0,
+            ended: None,
+            prompt: prompt.len(),
+            limit: prompt.len().saturating_add(most).min(context),
+            tokens: prompt,
+            sampling: request.sampling,
+            counts: TokenCounts::new(),
+            text: TextStream::new(&request.stop),
+            step: Output::default(),
+            cached_prompt: 0,
+        };
+        sequence.resume(&request.resume, tokenizer);
+        Ok(sequence)
+    }
+
+    /// Goes again through what an earlier attempt generated. All its text is out already: what is released for tokens, and
+    /// with an end that they reach, depends on them alone.
+    fn resume(&mut self, tokens: &[u32], tokenizer: &Tokenizer) {
+        if self.tokens.len() >= self.limit {
+            self.ended = Some(FinishReason::Length);
+        }
+        for &token in tokens {
+            if self.ended.is_some() {
+                break;
+            }
+            self.push(token, tokenizer);
+        }
+        self.step = Output::default();
+    }
+
+    /// Tokens that are not in the cache yet.
+    pub fn pending(&self) -> &[u32] {
+        &self.tokens[self.computed..]
+    }
+
+    /// All its tokens.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Whether only its newest token has to be computed before the next can be sampled.
+    pub fn decoding(&self) -> bool {
+        self.pending().len() == 1 && self.tokens.len() > self.prompt
+    }
+
+    /// Notes that the cache held the first `positions` of its tokens when it was let in.
+    pub fn found_in_cache(&mut self, positions: usize) {
+        self.computed = positions;
+        self.cached_prompt = self.cached_prompt.max(positions.min(self.prompt) as u32);
+    }
+
+    /// Chooses the next token from the logits behind the last one.
+    pub fn sample(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) {
+        let position = (self.tokens.len() - self.prompt) as u64;
+        let token = sample(logits, &self.sampling, &self.counts, position);
+        self.step.tokens.push(token);
+        self.push(token, tokenizer);
+    }
+
+    /// Puts a token behind the others and looks what it means for the text.
+    fn push(&mut self, token: u32, tokenizer: &Tokenizer) {
+        self.tokens.push(token);
+        self.counts.add(token);
+        if tokenizer.is_eog(token) {
+            self.end(FinishReason::Stop);
+            return;
+        }
+        let (text, stopped) = self.text.push(tokenizer.token_bytes(token));
+        self.step.text.push_str(&text);
+        if stopped {
+            self.ended = Some(FinishReason::Stop);
+        } else if self.tokens.len() >= self.limit {
+            self.end(FinishReason::Length);
+        }
+    }
+
+    /// Ends it, and releases the text that was held back.
+    pub fn end(&mut self, reason: FinishReason) {
+        if self.ended.is_some() {
+            return;
+        }
+        let (text, stopped) = self.text.finish();
+        self.step.text.push_str(&text);
+        // The last, incomplete characters may complete a stop string; only a stop outranks the length.
+        let stopped = stopped && reason == FinishReason::Length;
+        self.ended = Some(if stopped { FinishReason::Stop } else { reason });
+    }
+
+    /// What this step did for it, if anything.
+    pub fn take_event(&mut self) -> Option<Event> {
+        let Output { tokens, text } = std::mem::take(&mut self.step);
+        let finish = self.ended.clone().map(|reason| Finish { reason, usage: self.usage() });
+        if tokens.is_empty() && text.is_empty() && finish.is_none() {
+            return None;
+        }
+        Some(Event { id: self.id, tokens, text, finish })
+    }
+
+    fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt as u32,
+            completion_tokens: (self.tokens.len() - self.prompt) as u32,
+            cached_prompt_tokens: self.cached_prompt,
+        }
+    }
+}
+
+/// From tokens to text that may be shown: whole characters only, and nothing that could still become a stop string.
+struct TextStream {
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+}
+
+impl TextStream {
+    fn new(stop: &[String]) -> Self {
+        Self { detokenizer: Detokenizer::new(), stop: StopMatcher::new(stop) }
+    }
+
+    /// Text that a token's bytes release, and whether a stop string is complete.
+    fn push(&mut self, bytes: &[u8]) -> (String, bool) {
+        let text = self.detokenizer.push(bytes);
+        self.stop.push(&text)
+    }
+
+    /// All that is still held back, and whether its end completes a stop string.
+    fn finish(&mut self) -> (String, bool) {
+        let tail = self.detokenizer.flush();
+        let (mut text, stopped) = self.stop.push(&tail);
+        if !stopped {
+            text.push_str(&self.stop.flush());
+        }
+        (text, stopped)
+    }
+}

@@ -1,0 +1,134 @@
+//! From options to a model that is ready: backend, memory, weights, warm-up.
+
+use std::sync::Arc;
+
+use burn_flex::{Flex, FlexDevice};
+
+use crate::batch::Batch;
+use crate::engine::Ready;
+use crate::kernels::flex::Cpu;
+use crate::kernels::{BLOCK, Kernels};
+use crate::language::Language;
+use crate::model::{self, Model, Setup};
+use crate::weights::{Checkpoint, ModelConfig};
+use crate::{BackendKind, LoadError, LoadOptions, ModelInfo};
+
+/// Requests that decode together, unless the options say otherwise.
+const DEFAULT_SLOTS: u32 = 16;
+/// Most memory for the cache, as a share of what is free.
+const CACHE_SHARE: u64 = 4;
+/// What is taken to be free where nobody can say, bytes.
+const ASSUMED_FREE: u64 = 8 << 30;
+
+/// Does all that [`load`](crate::load) promises, on the engine's thread.
+pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
+    let checkpoint = Checkpoint::open(&options.path)?;
+    let language = Language { tokenizer: checkpoint.tokenizer()? };
+    let config = checkpoint.config();
+    let slots = options.slots.unwrap_or(DEFAULT_SLOTS).max(1);
+    let wanted =
+        options.context.map_or(config.context, |context| config.context.min(context as usize)).max(1);
+    let blocks = blocks(config, &options, wanted, slots as usize);
+    let context = wanted.min(blocks * BLOCK);
+    let backend = options.backend.unwrap_or(BackendKind::Cpu);
+    let mut info = ModelInfo {
+        name: options.name.clone().unwrap_or_else(|| "model".into()),
+        revision: String::new(),
+        architecture: config.architecture.clone(),
+        format: String::new(),
+        context: context as u32,
+        backend: String::new(),
+        device: String::new(),
+        slots,
+    };
+    let mut model = on_backend(backend, checkpoint, options, blocks, &mut info)?;
+    warm_up(&mut *model);
+    Ok(Ready { model, language: Arc::new(language), info, blocks })
+}
+
+/// Loads the weights on the chosen backend.
+fn on_backend(
+    backend: BackendKind,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    blocks: usize,
+    info: &mut ModelInfo,
+) -> Result<Box<dyn Model>, LoadError> {
+    match backend {
+        BackendKind::Cpu => {
+            info.backend = "cpu".into();
+            info.device = cpu_name();
+            load_on::<Flex>(Cpu::new(threads(&options)), FlexDevice, checkpoint, options, blocks)
+        }
+        BackendKind::Wgpu => {
+            Err(LoadError::Backend("wgpu is not compiled in; build with the wgpu feature".into()))
+        }
+        BackendKind::Cuda => {
+            Err(LoadError::Backend("cuda is not compiled in; build with the cuda feature".into()))
+        }
+    }
+}
+
+fn load_on<B: Kernels>(
+    context: B::Context,
+    device: B::Device,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    blocks: usize,
+) -> Result<Box<dyn Model>, LoadError> {
+    let total = checkpoint.data_bytes();
+    let mut done = 0;
+    let mut report = options.progress;
+    let mut progress = |bytes: u64| {
+        // A tied embedding is taken over twice, but counted once.
+        done = (done + bytes).min(total);
+        if let Some(report) = &mut report {
+            report(done, total);
+        }
+    };
+    let model = model::load::<B>(checkpoint, Setup { context, device, blocks, progress: &mut progress })?;
+    progress(total);
+    Ok(model)
+}
+
+/// How many blocks the cache gets: what was asked for, or what all slots could need, within a share of free memory; in any
+/// case room for one whole context if it was not asked for less.
+fn blocks(config: &ModelConfig, options: &LoadOptions, context: usize, slots: usize) -> usize {
+    if let Some(positions) = options.kv_positions {
+        return (positions as usize).div_ceil(BLOCK).max(1);
+    }
+    let block_bytes = BLOCK * config.layers * config.kv_heads * config.head_dim * 2 * size_of::<f32>();
+    let affordable = (free_memory().unwrap_or(ASSUMED_FREE) / CACHE_SHARE) as usize / block_bytes;
+    let one = context.div_ceil(BLOCK);
+    affordable.clamp(one, one * slots)
+}
+
+/// Bytes of memory that are available, where the system says.
+fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? << 10)
+}
+
+/// The processor, for people.
+fn cpu_name() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("model name"));
+    let name = line.and_then(|line| line.split(": ").nth(1)).map_or(std::env::consts::ARCH, str::trim);
+    name.to_string()
+}
+
+/// Makes the steps that requests will make: a prompt, then a token. The first block is written, but nobody will read it.
+fn warm_up(model: &mut dyn Model) {
+    let mut batch = Batch::default();
+    batch.push(&[0; BLOCK - 1], 0, &[0], 1);
+    model.forward(&batch);
+    batch.clear();
+    batch.push(&[0], BLOCK - 1, &[0], 1);
+    model.forward(&batch);
+}
+
+fn threads(options: &LoadOptions) -> usize {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    options.threads.map_or_else(cores, |threads| threads as usize).max(1)
+}

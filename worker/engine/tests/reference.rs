@@ -1,0 +1,199 @@
+//! The default model on the CPU against an independent implementation in f32: texts, tokens and probabilities.
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
+use serde::Deserialize;
+use stoker_engine::bench::Probe;
+use stoker_engine::*;
+
+#[derive(Deserialize)]
+struct Reference {
+    cases: Vec<Case>,
+}
+
+#[derive(Clone, Deserialize)]
+struct Case {
+    #[serde(default)]
+    messages: Vec<Message>,
+    prompt: String,
+    prompt_tokens: Vec<u32>,
+    tokens: Vec<u32>,
+    text: String,
+    stop: String,
+    first_step_top5: Vec<Candidate>,
+}
+
+#[derive(Clone, Deserialize)]
+struct Message {
+    role: String,
+    content: String,
+}
+
+#[derive(Clone, Deserialize)]
+struct Candidate {
+    id: u32,
+    logprob: f32,
+}
+
+fn cases() -> Vec<Case> {
+    let text = std::fs::read_to_string(common::data("smollm2_greedy_f32.json")).unwrap();
+    serde_json::from_str::<Reference>(&text).unwrap().cases
+}
+
+fn options() -> LoadOptions {
+    LoadOptions {
+        path: common::smollm2(),
+        name: None,
+        backend: Some(BackendKind::Cpu),
+        slots: Some(8),
+        threads: None,
+        context: None,
+        kv_positions: Some(8192),
+        progress: None,
+    }
+}
+
+impl Case {
+    /// The request whose answer the case holds.
+    fn request(&self, id: u64) -> Request {
+        let message = |m: &Message| ChatMessage { role: m.role.clone(), content: m.content.clone() };
+        let prompt = match self.messages.is_empty() {
+            true => Prompt::Text(self.prompt.clone()),
+            false => Prompt::Chat(self.messages.iter().map(message).collect()),
+        };
+        Request {
+            id: SequenceId(id),
+            prompt,
+            sampling: Sampling::default(),
+            max_tokens: Some(64),
+            stop: Vec::new(),
+            resume: Vec::new(),
+            priority: Priority::Interactive,
+            deadline: None,
+        }
+    }
+
+    /// The reference's tokens, the end-of-generation token included.
+    fn check(&self, heard: &Heard, probe: &mut Probe) {
+        let finish = heard.finish.clone().unwrap();
+        assert_eq!(finish.usage.prompt_tokens as usize, self.prompt_tokens.len(), "{}", self.prompt);
+        let same = heard.tokens.iter().zip(&self.tokens).take_while(|(a, b)| a == b).count();
+        if same < self.tokens.len() {
+            // Only where the two best are all but equal may another one be chosen.
+            let tokens = [&self.prompt_tokens[..], &self.tokens[..same]].concat();
+            let mut logits = probe.logits(&tokens, 1).remove(0);
+            logits.sort_by(|a, b| b.total_cmp(a));
+            assert!(
+                logits[0] - logits[1] < 1e-3,
+                "{:?} leaves the reference after {same} tokens",
+                heard.text
+            );
+            return;
+        }
+        assert_eq!((heard.tokens.as_slice(), &heard.text), (self.tokens.as_slice(), &self.text));
+        let reason = if self.stop == "eos" { FinishReason::Stop } else { FinishReason::Length };
+        assert_eq!(finish.reason, reason);
+        assert_eq!(finish.usage.completion_tokens as usize, self.tokens.len());
+    }
+}
+
+/// What came of a request.
+#[derive(Clone, Debug, Default)]
+struct Heard {
+    tokens: Vec<u32>,
+    text: String,
+    finish: Option<Finish>,
+}
+
+/// An engine and what it says.
+struct Listener {
+    engine: Box<dyn Engine>,
+    events: Receiver<Vec<Event>>,
+}
+
+impl Listener {
+    fn load(options: LoadOptions) -> Self {
+        let (sender, events) = mpsc::channel();
+        let engine = load(options, Box::new(move |events| drop(sender.send(events)))).unwrap();
+        Self { engine, events }
+    }
+
+    /// Runs requests to their ends, together.
+    fn run(&self, requests: Vec<Request>) -> Vec<Heard> {
+        let ids: Vec<_> = requests.iter().map(|request| request.id).collect();
+        let mut heard: HashMap<SequenceId, Heard> = HashMap::new();
+        requests.into_iter().for_each(|request| self.engine.submit(request));
+        while heard.values().filter(|heard| heard.finish.is_some()).count() < ids.len() {
+            for event in self.events.recv_timeout(Duration::from_secs(300)).expect("the engine goes on") {
+                let heard = heard.entry(event.id).or_default();
+                heard.tokens.extend(event.tokens);
+                heard.text.push_str(&event.text);
+                heard.finish = event.finish;
+            }
+        }
+        ids.iter().map(|id| heard.remove(id).unwrap()).collect()
+    }
+
+    fn run_one(&self, request: Request) -> Heard {
+        self.run(vec![request]).remove(0)
+    }
+}
+
+#[test]
+fn greedy_texts_are_the_references_alone_and_together() {
+    let mut probe = Probe::load(options()).unwrap();
+    let listener = Listener::load(options());
+    // Until chat templates are here.
+    let cases: Vec<_> = cases().into_iter().filter(|case| case.messages.is_empty()).collect();
+    let alone: Vec<_> = cases.iter().zip(0..).map(|(case, id)| listener.run_one(case.request(id))).collect();
+    for (case, heard) in cases.iter().zip(&alone) {
+        case.check(heard, &mut probe);
+    }
+    let together = listener.run(cases.iter().zip(100..).map(|(case, id)| case.request(id)).collect());
+    for (alone, together) in alone.iter().zip(&together) {
+        assert_eq!((&alone.tokens, &alone.text), (&together.tokens, &together.text));
+    }
+}
+
+#[test]
+fn first_tokens_have_the_probabilities_of_exact_arithmetic() {
+    let mut probe = Probe::load(options()).unwrap();
+    let exact = std::fs::read_to_string(common::data("smollm2_first_step_f64.json")).unwrap();
+    let exact: Vec<Vec<Candidate>> = serde_json::from_str(&exact).unwrap();
+    for (case, exact) in cases().iter().zip(exact) {
+        let logprobs = logprobs(&probe.logits(&case.prompt_tokens, 1)[0]);
+        for candidate in &exact {
+            let difference = (logprobs[candidate.id as usize] - candidate.logprob).abs();
+            assert!(difference < 3e-3, "{}: token {} is {difference} off", case.prompt, candidate.id);
+        }
+        // The f32 reference keeps keys and values in f16, which shows.
+        for candidate in &case.first_step_top5 {
+            let difference = (logprobs[candidate.id as usize] - candidate.logprob).abs();
+            assert!(difference < 1.5e-2, "{}: token {} is {difference} off", case.prompt, candidate.id);
+        }
+    }
+}
+
+#[test]
+fn every_token_of_the_reference_is_the_likeliest() {
+    let mut probe = Probe::load(options()).unwrap();
+    for case in cases() {
+        let tokens = [&case.prompt_tokens[..], &case.tokens[..case.tokens.len() - 1]].concat();
+        let rows = probe.logits(&tokens, case.tokens.len());
+        for (step, (logits, &token)) in rows.iter().zip(&case.tokens).enumerate() {
+            let best = logits.iter().copied().fold(f32::MIN, f32::max);
+            let behind = best - logits[token as usize];
+            assert!(behind < 1e-3, "{:?}, step {step}: {behind} behind the best", case.text);
+        }
+    }
+}
+
+fn logprobs(logits: &[f32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::MIN, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
+    logits.iter().map(|&logit| (f64::from(logit - max) - sum.ln()) as f32).collect()
+}
