@@ -19,7 +19,7 @@ mod scheduler;
 mod sequence;
 mod setup;
 mod stop;
-#[allow(dead_code, unused_imports)] // until safetensors and templates, which use the rest, are here
+mod template;
 mod tokenizer;
 pub mod weights;
 
@@ -28,6 +28,7 @@ pub use detokenize::Detokenizer;
 pub use load::*;
 pub use sampler::{TokenCounts, argmax, sample, uniform};
 pub use stop::StopMatcher;
+pub use template::ChatTemplate;
 pub use tokenizer::Tokenizer;
 
 #[cfg(test)]

@@ -24,4 +24,11 @@ fn the_default_model_is_what_it_is() {
     q.dequantize_row(191, &mut row);
     assert_eq!(row, all[191 * 576..]);
     assert!(all.iter().all(|x| x.abs() < 10.0));
+
+    assert_eq!(
+        (checkpoint.name(), checkpoint.format()),
+        ("SmolLM2-135M-Instruct".to_owned(), "Q4_1".to_owned())
+    );
+    // Written into caches and logs of running jobs: it must not change from one version to the next.
+    assert_eq!(checkpoint.revision(), "cca35740346cff6a39348d724ed3853e");
 }

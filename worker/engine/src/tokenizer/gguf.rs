@@ -200,11 +200,15 @@ impl<'a> Vocabulary<'a> {
         for key in ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
             end.extend(self.id(key)?);
         }
-        let eos_text = eos.map_or("", |id| self.tokens[id as usize].0).to_owned();
-        let mut tokenizer = Tokenizer::new(encoder, &self.tokens, piece, begin, end)?;
-        tokenizer.eos_text = eos_text;
-        Ok(tokenizer)
+        Tokenizer::new(encoder, &self.tokens, piece, begin, end)
     }
+}
+
+/// The name of a token that metadata names by its number.
+pub(crate) fn named_token<'a>(gguf: &Gguf, data: &'a [u8], key: &str) -> Option<&'a str> {
+    let id = usize::try_from(gguf.uint(key)?).ok()?;
+    let names = gguf.strings(data, "tokenizer.ggml.tokens")?;
+    std::str::from_utf8(names.get(id)?).ok()
 }
 
 /// An array of numbers with one for each token.

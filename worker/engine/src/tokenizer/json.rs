@@ -61,10 +61,7 @@ pub(crate) fn from_json(bytes: &[u8], special: &Special, limit: usize) -> Result
     let end = special.end.iter().copied().chain(id(&special.eos)).filter(|id| (*id as usize) < size);
     let piece = if byte_level { byte_level_piece } else { spm_piece };
     let end: Vec<u32> = end.collect();
-    let mut tokenizer = Tokenizer::new(Encoder::Json(library.clone().into()), &tokens, piece, begin, end)?;
-    tokenizer.bos_text = special.bos.clone().unwrap_or_default();
-    tokenizer.eos_text = special.eos.clone().unwrap_or_default();
-    Ok(tokenizer)
+    Tokenizer::new(Encoder::Json(library.clone().into()), &tokens, piece, begin, end)
 }
 
 /// Whether a part of a pipeline is of a type, or a sequence that has one of it.

@@ -19,12 +19,12 @@ use tokenizers::{
 
 use crate::weights::Fault;
 
-pub(crate) use gguf::from_gguf;
+pub(crate) use gguf::{from_gguf, named_token};
 pub(crate) use json::{Special, from_json};
 
 /// Names of tokens that end a turn or a text in the models that people run. A file's own end-of-sequence tokens count
 /// too, whatever their names.
-const END_NAMES: [&str; 13] = [
+const END_NAMES: [&str; 11] = [
     "<|endoftext|>",
     "<|im_end|>",
     "<|eot_id|>",
@@ -36,8 +36,6 @@ const END_NAMES: [&str; 13] = [
     "<EOT>",
     "<|return|>",
     "<|call|>",
-    "</s>",
-    "<eos>",
 ];
 
 /// The library's pipeline around a model.
@@ -113,9 +111,6 @@ pub struct Tokenizer {
     begin: Begin,
     /// End of generation, in order.
     end: BTreeSet<u32>,
-    /// The begin and end tokens as a chat template writes them.
-    bos_text: String,
-    eos_text: String,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -179,16 +174,6 @@ impl Tokenizer {
         bytes / self.longest.max(1)
     }
 
-    /// The begin-of-text token as a chat template writes it; empty if there is none.
-    pub(crate) fn bos_text(&self) -> &str {
-        &self.bos_text
-    }
-
-    /// The end-of-text token as a chat template writes it; empty if there is none.
-    pub(crate) fn eos_text(&self) -> &str {
-        &self.eos_text
-    }
-
     /// Puts the parts together. `tokens`: name and kind of each; `piece` makes the bytes of a normal one from its name.
     fn new(
         encoder: Encoder,
@@ -218,18 +203,7 @@ impl Tokenizer {
                     .map_err(|_| Fault::Malformed("the vocabulary is too large".into()))?,
             );
         }
-        let text = |id: Option<u32>| id.and_then(|id| tokens.get(id as usize)).map_or("", |t| t.0).to_owned();
-        Ok(Self {
-            encoder,
-            literal: OnceLock::new(),
-            bytes,
-            ends,
-            longest,
-            begin,
-            bos_text: text(begin.token),
-            eos_text: String::new(),
-            end: eog,
-        })
+        Ok(Self { encoder, literal: OnceLock::new(), bytes, ends, longest, begin, end: eog })
     }
 }
 

@@ -164,13 +164,31 @@ impl ModelConfig {
         Ok(c)
     }
 
+    /// Sets what the pairs' angles are divided by.
+    pub(super) fn set_rope_factors(&mut self, factors: Vec<f32>) -> Result<(), Fault> {
+        if factors.len() != self.head_dim / 2 || !factors.iter().all(|f| f.is_finite() && *f > 0.0) {
+            return Err(Fault::Malformed("the rotary scaling factors do not fit the heads".into()));
+        }
+        self.rope_factors = Some(factors);
+        Ok(())
+    }
+
+    /// Checks that the bases of the rotary frequencies are bases.
+    pub(super) fn check_rope_bases(&self) -> Result<(), Fault> {
+        for base in [Some(self.rope_base), self.rope_base_local].into_iter().flatten() {
+            if !(base.is_finite() && base > 0.0) {
+                return Err(Fault::Malformed(format!("the rotary base is {base}")));
+            }
+        }
+        Ok(())
+    }
+
     /// Linear position scaling, or none.
     pub(super) fn scale_positions(&mut self, kind: &str, factor: Option<f64>) -> Result<(), Fault> {
         match (kind, factor) {
             ("none" | "default", _) => Ok(()),
             ("linear", Some(factor)) if factor >= 1.0 => {
-                self.rope_factors = Some(vec![factor as f32; self.head_dim / 2]);
-                Ok(())
+                self.set_rope_factors(vec![factor as f32; self.head_dim / 2])
             }
             ("linear", _) => Err(Fault::Malformed("linear position scaling without a factor".into())),
             (other, _) => Err(Fault::Unsupported(format!("position scaling {other:?}"))),
@@ -207,11 +225,10 @@ impl ModelConfig {
         if self.sliding_window == Some(0) {
             return Err(Fault::Malformed("a sliding window of 0".into()));
         }
-        for (what, x) in [("rope base", self.rope_base), ("norm epsilon", self.norm_eps)] {
-            if !(x.is_finite() && x > 0.0) {
-                return Err(Fault::Malformed(format!("{what} is {x}")));
-            }
+        if !(self.norm_eps.is_finite() && self.norm_eps > 0.0) {
+            return Err(Fault::Malformed(format!("the norms' epsilon is {}", self.norm_eps)));
         }
+        self.check_rope_bases()?;
         if self.architecture == "gemma3" {
             self.embedding_scale = (self.hidden as f32).sqrt();
         }

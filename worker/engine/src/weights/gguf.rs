@@ -9,21 +9,12 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::DType;
+use super::{DType, Fault};
 
 /// Deepest nesting of arrays; the format sets no limit, files use one level.
 const MAX_ARRAY_DEPTH: u32 = 4;
 /// Most dimensions of a tensor.
 const MAX_DIMS: usize = 4;
-
-/// What is wrong with a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// It is damaged.
-    Malformed(String),
-    /// It holds something that the engine does not run.
-    Unsupported(String),
-}
 
 type Read<T> = Result<T, Fault>;
 
@@ -110,12 +101,10 @@ pub struct TensorInfo {
     pub range: Range<usize>,
 }
 
-/// A file's header.
+/// A file's metadata.
 #[derive(Debug)]
 pub struct Gguf {
     metadata: HashMap<String, Value>,
-    /// By name.
-    pub tensors: HashMap<String, TensorInfo>,
     /// Bytes before the tensors' data.
     pub header_len: usize,
 }
@@ -266,8 +255,8 @@ impl<'a> Cursor<'a> {
 }
 
 impl Gguf {
-    /// Reads the header of a whole file in memory.
-    pub fn parse(data: &[u8]) -> Read<Self> {
+    /// Reads the header of a whole file in memory: its metadata, and its tensors by name.
+    pub fn parse(data: &[u8]) -> Read<(Self, HashMap<String, TensorInfo>)> {
         let mut cursor = Cursor { data, at: 0 };
         if cursor.bytes(4).ok() != Some(b"GGUF") {
             return malformed("not a GGUF file (its first bytes are not \"GGUF\")");
@@ -293,44 +282,21 @@ impl Gguf {
                 return malformed(format!("metadata key {key} is there twice"));
             }
         }
-        let mut this = Self { metadata, tensors: HashMap::new(), header_len: 0 };
+        let mut this = Self { metadata, header_len: 0 };
         let alignment = this.uint("general.alignment").unwrap_or(32);
         if !alignment.is_power_of_two() || !(8..=1 << 20).contains(&alignment) {
             return malformed(format!("general.alignment is {alignment}, not a power of two from 8 to 2^20"));
         }
+        let mut infos = HashMap::new();
         for _ in 0..tensors {
             let (name, info) = cursor.tensor(alignment)?;
-            if this.tensors.insert(name.to_owned(), info).is_some() {
+            if infos.insert(name.to_owned(), info).is_some() {
                 return malformed(format!("tensor {name} is there twice"));
             }
         }
-        this.place(cursor.at.next_multiple_of(alignment as usize), data.len())?;
-        Ok(this)
-    }
-
-    /// Makes the tensors' ranges absolute, and checks that they are in the file and apart from each other.
-    fn place(&mut self, start: usize, file: usize) -> Read<()> {
-        self.header_len = start;
-        let mut used = Vec::with_capacity(self.tensors.len());
-        for (name, info) in &mut self.tensors {
-            let range = &mut info.range;
-            match (range.start.checked_add(start), range.end.checked_add(start)) {
-                (Some(from), Some(to)) if to <= file => *range = from..to,
-                _ => {
-                    return malformed(format!(
-                        "truncated: tensor {name} ends {} bytes behind the header, the file {}",
-                        range.end,
-                        file.saturating_sub(start)
-                    ));
-                }
-            }
-            used.push((range.start, range.end, name.as_str()));
-        }
-        used.sort_unstable();
-        match used.windows(2).find(|w| w[1].0 < w[0].1) {
-            Some(w) => malformed(format!("tensors {} and {} overlap", w[0].2, w[1].2)),
-            None => Ok(()),
-        }
+        this.header_len = cursor.at.next_multiple_of(alignment as usize);
+        place(&mut infos, this.header_len, data.len())?;
+        Ok((this, infos))
     }
 
     /// Whether there is such a metadata entry.
@@ -393,5 +359,29 @@ impl Gguf {
                 Value::String(_) | Value::Array { .. } => None,
             })
             .collect()
+    }
+}
+
+/// Makes the tensors' ranges absolute, and checks that they are in the file and apart from each other.
+fn place(tensors: &mut HashMap<String, TensorInfo>, start: usize, file: usize) -> Read<()> {
+    let mut used = Vec::with_capacity(tensors.len());
+    for (name, info) in tensors {
+        let range = &mut info.range;
+        match (range.start.checked_add(start), range.end.checked_add(start)) {
+            (Some(from), Some(to)) if to <= file => *range = from..to,
+            _ => {
+                return malformed(format!(
+                    "truncated: tensor {name} ends {} bytes behind the header, the file {}",
+                    range.end,
+                    file.saturating_sub(start)
+                ));
+            }
+        }
+        used.push((range.start, range.end, name.as_str()));
+    }
+    used.sort_unstable();
+    match used.windows(2).find(|w| w[1].0 < w[0].1) {
+        Some(w) => malformed(format!("tensors {} and {} overlap", w[0].2, w[1].2)),
+        None => Ok(()),
     }
 }

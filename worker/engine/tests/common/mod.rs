@@ -1,6 +1,8 @@
 //! What the engine's tests share: where the model is.
 #![allow(dead_code)] // each test program uses a part of it
 
+pub mod gguf;
+
 use std::path::PathBuf;
 
 /// The default model's file. Tests need it; they are not skipped without it.
@@ -20,4 +22,31 @@ pub fn smollm2() -> PathBuf {
 /// A file of `tests/data`.
 pub fn data(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+/// A directory that is removed when it is dropped.
+pub struct TempDir(pub PathBuf);
+
+impl TempDir {
+    /// A new, empty one.
+    pub fn new() -> Self {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("stoker-engine-test-{}-{n}", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    /// Writes a file in it, and says where.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }

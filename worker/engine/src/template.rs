@@ -1,0 +1,299 @@
+//! Chat templates: a conversation as the text that the model was trained on.
+//!
+//! A model brings its template in Jinja, written for Hugging Face's library, which runs it on Python's Jinja2. So its
+//! conventions hold here: block lines leave no blank line, `raise_exception`, `strftime_now` and `tojson` exist, strings
+//! and mappings have Python's methods, and `messages`, `bos_token`, `eos_token` and `add_generation_prompt` are set.
+//!
+//! A template is a program from the model's file. It can reach nothing but its arguments, and its steps are counted, so
+//! that it can't run for ever; how much text a step makes is not bounded.
+
+use std::io;
+use std::sync::Arc;
+
+use minijinja::value::Kwargs;
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::Serialize;
+use time::OffsetDateTime;
+
+use crate::weights::Fault;
+use crate::{ChatMessage, RequestError, RequestErrorKind};
+
+/// ChatML, for models that bring no template: the most common one among instruction-tuned models.
+const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
+                      {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '' }}{% endif %}";
+/// The one template's name.
+const NAME: &str = "chat_template";
+/// Steps that a template may take, and so many more per message: far more than any needs, and less than a second.
+const FUEL: u64 = 2_000_000;
+const FUEL_PER_MESSAGE: u64 = 10_000;
+
+/// A model's chat template.
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    environment: Arc<Environment<'static>>,
+    bos: String,
+    eos: String,
+}
+
+impl ChatTemplate {
+    /// Reads a template; `None`: ChatML. `bos`, `eos`: the model's begin and end tokens as text.
+    pub(crate) fn new(source: Option<&str>, bos: &str, eos: &str) -> Result<Self, Fault> {
+        let mut env = Environment::new();
+        env.set_trim_blocks(true);
+        env.set_lstrip_blocks(true);
+        env.set_unknown_method_callback(unknown_method_callback);
+        env.add_function("raise_exception", raise_exception);
+        env.add_function("strftime_now", strftime_now);
+        env.add_filter("tojson", to_json);
+        env.add_template_owned(NAME, without_generation_marks(source.unwrap_or(CHATML)))
+            .map_err(|e| Fault::Unsupported(format!("the chat template can't be read: {}", explain(&e))))?;
+        Ok(Self { environment: Arc::new(env), bos: bos.into(), eos: eos.into() })
+    }
+
+    /// The prompt that asks for the assistant's next turn.
+    ///
+    /// The date is today's where a template asks for it (in UTC), so a prompt can differ from one day to the next.
+    pub fn render(&self, messages: &[ChatMessage]) -> Result<String, RequestError> {
+        #[derive(Serialize)]
+        struct Message<'a> {
+            role: &'a str,
+            content: &'a str,
+        }
+        let list: Vec<_> = messages.iter().map(|m| Message { role: &m.role, content: &m.content }).collect();
+        let render = || {
+            let mut env = (*self.environment).clone();
+            env.set_fuel(Some(FUEL + FUEL_PER_MESSAGE * messages.len() as u64));
+            env.get_template(NAME)?.render(context! {
+                messages => list,
+                bos_token => self.bos,
+                eos_token => self.eos,
+                add_generation_prompt => true,
+                tools => (),
+                documents => (),
+            })
+        };
+        render().map_err(|e| RequestError {
+            kind: RequestErrorKind::Invalid,
+            message: match e.kind() {
+                ErrorKind::OutOfFuel => {
+                    "the model's chat template takes too many steps for these messages".into()
+                }
+                _ => format!("the model's chat template does not take these messages: {}", explain(&e)),
+            },
+        })
+    }
+}
+
+/// An error in one line.
+fn explain(error: &Error) -> String {
+    match (error.detail(), error.line()) {
+        (Some(detail), Some(line)) if !is_raised(error) => format!("{detail} (line {line})"),
+        (Some(detail), _) => detail.to_owned(),
+        (None, _) => error.to_string(),
+    }
+}
+
+/// Marks an error that the template raised itself.
+#[derive(Debug, thiserror::Error)]
+#[error("raised by the template")]
+struct Raised;
+
+fn is_raised(error: &Error) -> bool {
+    std::error::Error::source(error).is_some_and(|s| s.is::<Raised>())
+}
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message).with_source(Raised))
+}
+
+/// The time by C's `strftime` format, in UTC.
+fn strftime_now(format: &str) -> Result<String, Error> {
+    let bad =
+        |e: &dyn std::fmt::Display| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}"));
+    let items = time::format_description::parse_strftime_borrowed(format).map_err(|e| bad(&e))?;
+    OffsetDateTime::now_utc().format(&items).map_err(|e| bad(&e))
+}
+
+/// Python's `json.dumps` with `ensure_ascii=False`, as Hugging Face's library has it.
+fn to_json(value: &Value, args: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = args.get("indent")?;
+    // Accepted for what they are by default; what they would change is not supported.
+    let _: (Option<bool>, Option<bool>) = (args.get("ensure_ascii")?, args.get("sort_keys")?);
+    args.assert_all_used()?;
+    let mut out = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, Python::new(indent));
+    value
+        .serialize(&mut serializer)
+        .map_err(|e| Error::new(ErrorKind::BadSerialization, format!("tojson: {e}")))?;
+    String::from_utf8(out).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+/// JSON with Python's spaces: `{"a": 1, "b": [2, 3]}`, or one element a line.
+struct Python {
+    indent: Option<usize>,
+    depth: usize,
+    /// Whether the innermost open list or object has an element.
+    filled: bool,
+}
+
+impl Python {
+    fn new(indent: Option<usize>) -> Self {
+        // More is of no use to anyone but someone who wants a lot of spaces.
+        Self { indent: indent.map(|n| n.min(16)), depth: 0, filled: false }
+    }
+
+    fn line<W: ?Sized + io::Write>(&self, w: &mut W) -> io::Result<()> {
+        match self.indent {
+            Some(n) => write!(w, "\n{:1$}", "", n * self.depth),
+            None => Ok(()),
+        }
+    }
+
+    fn begin<W: ?Sized + io::Write>(&mut self, w: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth += 1;
+        self.filled = false;
+        w.write_all(bracket)
+    }
+
+    fn end<W: ?Sized + io::Write>(&mut self, w: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth -= 1;
+        if self.filled {
+            self.line(w)?;
+        }
+        self.filled = true;
+        w.write_all(bracket)
+    }
+
+    fn element<W: ?Sized + io::Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+        if !first {
+            w.write_all(if self.indent.is_some() { b"," } else { b", " })?;
+        }
+        self.line(w)
+    }
+}
+
+impl serde_json::ser::Formatter for Python {
+    fn begin_array<W: ?Sized + io::Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.begin(w, b"[")
+    }
+
+    fn end_array<W: ?Sized + io::Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.end(w, b"]")
+    }
+
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+        self.element(w, first)
+    }
+
+    fn end_array_value<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
+        self.filled = true;
+        Ok(())
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.begin(w, b"{")
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.end(w, b"}")
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+        self.element(w, first)
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, w: &mut W) -> io::Result<()> {
+        w.write_all(b": ")
+    }
+
+    fn end_object_value<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
+        self.filled = true;
+        Ok(())
+    }
+}
+
+/// Takes out the marks of Hugging Face's `{% generation %}` block, which is for training: what is in it stays.
+fn without_generation_marks(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let Some(end) = rest[start..].find("%}").map(|n| start + n) else { break };
+        let tag = &rest[start + 2..end];
+        let name = tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
+        let replacement = match name {
+            "generation" => tag.replace("generation", "if true"),
+            "endgeneration" => tag.replace("endgeneration", "endif"),
+            _ => tag.to_owned(),
+        };
+        out.push_str(&rest[..start + 2]);
+        out.push_str(&replacement);
+        rest = &rest[end..];
+    }
+    out.push_str(rest);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(role: &str, content: &str) -> ChatMessage {
+        ChatMessage { role: role.into(), content: content.into() }
+    }
+
+    fn render(source: &str, messages: &[ChatMessage]) -> Result<String, RequestError> {
+        ChatTemplate::new(Some(source), "<s>", "</s>").unwrap().render(messages)
+    }
+
+    #[test]
+    fn without_a_template_it_is_chatml() {
+        let template = ChatTemplate::new(None, "", "").unwrap();
+        let text = template.render(&[message("system", "Be brief."), message("user", "Hi {{ x }}")]).unwrap();
+        assert_eq!(
+            text,
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi {{ x }}<|im_end|>\n<|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn a_refusal_is_the_requests_fault_and_says_why() {
+        let source =
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}ok";
+        let error = render(source, &[message("system", "x")]).unwrap_err();
+        assert_eq!(error.kind, RequestErrorKind::Invalid);
+        assert!(error.message.ends_with("does not take these messages: no system role"), "{error}");
+        assert_eq!(render(source, &[message("user", "x")]).unwrap(), "ok");
+        let error = render("{{ messages[0].content.nothing.more }}", &[message("user", "x")]).unwrap_err();
+        assert_eq!(error.kind, RequestErrorKind::Invalid);
+    }
+
+    #[test]
+    fn a_template_can_not_run_for_ever() {
+        let source =
+            "{% for i in range(9999) %}{% for j in range(9999) %}{{ i * j }}{% endfor %}{% endfor %}";
+        let error = render(source, &[]).unwrap_err();
+        assert!(error.message.contains("too many steps"), "{error}");
+        assert!(render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", &[]).is_err());
+    }
+
+    #[test]
+    fn a_template_that_can_not_be_read_is_refused() {
+        for source in ["{% for %}", "{{ a", "{% if x %}", "{% nonsense %}"] {
+            assert!(
+                matches!(ChatTemplate::new(Some(source), "", ""), Err(Fault::Unsupported(_))),
+                "{source}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_date_is_there() {
+        let text = render("{{ strftime_now('%Y-%m-%d %d %b %Y %%') }}", &[]).unwrap();
+        assert!(
+            text.starts_with(&OffsetDateTime::now_utc().year().to_string()) && text.ends_with(" %"),
+            "{text}"
+        );
+        assert!(render("{{ strftime_now('%!') }}", &[]).is_err());
+    }
+}
