@@ -1,106 +1,90 @@
-//! A TCP proxy in front of a service, so that a test can break connections to it without touching the service.
+//! A stretch of network between an adapter and its service that can be cut or go silent, so that no test has to touch the
+//! service itself.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// What the proxy does.
+/// What the proxy does with connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Passes everything on.
-    Forward,
-    /// Closes new connections at once, as if the service were down.
+    Pass,
+    /// Passes nothing on, and says nothing.
+    Silent,
+    /// Closes new connections at once.
     Refuse,
-    /// Accepts connections and passes nothing on, as if the service hung.
-    Freeze,
 }
 
-#[derive(Clone, Copy)]
-struct State {
-    mode: Mode,
-    /// Connections of an older generation are cut.
-    generation: u64,
-}
-
-/// The proxy. Dropping it cuts everything.
+/// A TCP proxy on a port of its own.
 pub struct Proxy {
-    addr: SocketAddr,
-    state: Arc<watch::Sender<State>>,
-    accepting: tokio::task::JoinHandle<()>,
+    port: u16,
+    mode: watch::Sender<Mode>,
+    cuts: Arc<watch::Sender<u64>>,
 }
 
 impl Proxy {
-    /// Listens on a free port of this machine for connections to `target` (`host:port`).
-    pub async fn start(target: impl Into<String>) -> Self {
-        let target = target.into();
+    pub async fn start(target: String, mode: Mode) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addr = listener.local_addr().unwrap();
-        let state = Arc::new(watch::Sender::new(State { mode: Mode::Forward, generation: 0 }));
-        let states = state.clone();
-        let accepting = tokio::spawn(async move {
+        let port = listener.local_addr().unwrap().port();
+        let (mode, modes) = watch::channel(mode);
+        let cuts = Arc::new(watch::channel(0).0);
+        let all_cuts = cuts.clone();
+        tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                if states.borrow().mode != Mode::Refuse {
-                    tokio::spawn(serve(client, target.clone(), states.subscribe()));
+                if *modes.borrow() == Mode::Refuse {
+                    continue;
                 }
+                let (modes, mut cut, target) = (modes.clone(), all_cuts.subscribe(), target.clone());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        _ = cut.changed() => {}
+                        () = pass(client, target, modes) => {}
+                    }
+                });
             }
         });
-        Self { addr, state, accepting }
+        Self { port, mode, cuts }
     }
 
-    /// Where it listens.
-    pub fn addr(&self) -> SocketAddr {
-        self.addr
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
-    /// Cuts all connections that there are now.
-    pub fn cut(&self) {
-        self.state.send_modify(|state| state.generation += 1);
-    }
-
-    /// Changes what it does, also with the connections that there are.
     pub fn set(&self, mode: Mode) {
-        self.state.send_modify(|state| state.mode = mode);
+        self.mode.send_replace(mode);
+    }
+
+    /// Closes all connections.
+    pub fn cut(&self) {
+        self.cuts.send_modify(|count| *count += 1);
     }
 }
 
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        self.accepting.abort();
-        self.cut();
-    }
-}
-
-async fn serve(client: TcpStream, target: String, mut states: watch::Receiver<State>) {
-    let Ok(server) = TcpStream::connect(&target).await else { return };
-    let (_, _) = (client.set_nodelay(true), server.set_nodelay(true));
-    let (client_in, client_out) = client.into_split();
-    let (server_in, server_out) = server.into_split();
-    let generation = states.borrow_and_update().generation;
-    let up = pass(client_in, server_out, states.clone());
-    let down = pass(server_in, client_out, states.clone());
+async fn pass(client: TcpStream, target: String, modes: watch::Receiver<Mode>) {
+    let Ok(server) = TcpStream::connect(target).await else { return };
+    let (mut from_client, mut to_client) = client.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
     tokio::select! {
-        _ = states.wait_for(|state| state.generation != generation) => {}
-        _ = up => {}
-        _ = down => {}
+        () = copy(&mut from_client, &mut to_server, modes.clone()) => {}
+        () = copy(&mut from_server, &mut to_client, modes) => {}
     }
 }
 
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut states: watch::Receiver<State>) {
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        match from.read(&mut buffer).await {
-            Ok(0) | Err(_) => return,
-            Ok(n) => {
-                if states.wait_for(|state| state.mode != Mode::Freeze).await.is_err()
-                    || to.write_all(&buffer[..n]).await.is_err()
-                {
-                    return;
-                }
-            }
+async fn copy(
+    from: &mut (impl AsyncReadExt + Unpin),
+    to: &mut (impl AsyncWriteExt + Unpin),
+    mut modes: watch::Receiver<Mode>,
+) {
+    let mut buffer = vec![0; 65536];
+    while let Ok(count) = from.read(&mut buffer).await {
+        if count == 0 || modes.wait_for(|mode| *mode != Mode::Silent).await.is_err() {
+            return;
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
         }
     }
 }

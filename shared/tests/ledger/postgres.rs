@@ -83,10 +83,10 @@ impl Database {
             other => panic!("{other:?} can't be proxied"),
         };
         let port = config.get_ports().first().copied().unwrap_or(5432);
-        let proxy = Proxy::start(format!("{host}:{port}")).await;
+        let proxy = Proxy::start(format!("{host}:{port}"), Mode::Pass).await;
         let authority = self.url.split("://").nth(1).unwrap().split('/').next().unwrap();
         let user = authority.rsplit_once('@').map_or("postgres", |(user, _)| user);
-        let url = format!("postgres://{user}@{}/{}", proxy.addr(), self.name);
+        let url = format!("postgres://{user}@127.0.0.1:{}/{}", proxy.port(), self.name);
         let ledger = connect(&url).await;
         (proxy, ledger)
     }
@@ -434,7 +434,7 @@ async fn a_database_that_is_down_or_hangs_is_unavailable_and_comes_back() {
     let (proxy, ledger) = database.proxied().await;
     ledger.migrate().await.unwrap();
     ledger.ready().await.unwrap();
-    for mode in [Mode::Refuse, Mode::Freeze] {
+    for mode in [Mode::Refuse, Mode::Silent] {
         proxy.set(mode);
         if mode == Mode::Refuse {
             proxy.cut();
@@ -444,7 +444,7 @@ async fn a_database_that_is_down_or_hangs_is_unavailable_and_comes_back() {
         let answer =
             tokio::time::timeout(Duration::from_secs(60), ledger.accept(&new_job(Uuid::now_v7(), "h"))).await;
         assert!(answer.expect("it gives up").unwrap_err().is_transient());
-        proxy.set(Mode::Forward);
+        proxy.set(Mode::Pass);
         ledger.ready().await.unwrap();
         assert_eq!(ledger.commit(vec![new_ending(Uuid::now_v7(), 1)]).await.unwrap(), [Committed::Done]);
     }

@@ -1,6 +1,7 @@
 //! One suite for both adapters of the queue port, and what only the one on RabbitMQ can show.
 
 mod fixture;
+#[path = "../common/proxy.rs"]
 mod proxy;
 mod rabbitmq;
 mod suite;
