@@ -1,10 +1,20 @@
 //! What an operator can set: one TOML file plus environment, and the environment wins.
 
+mod directories;
+mod environment;
+mod error;
+mod load;
+#[cfg(test)]
+mod tests;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::job::Limits;
+
+pub use environment::environment;
+pub use error::ConfigError;
 
 /// Everything that can be set. Sections are the file's tables.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -24,6 +34,9 @@ pub struct Config {
     pub log: Log,
     /// Embedded database and downloaded models; absent: the platform's data directory.
     pub data_dir: Option<PathBuf>,
+    /// What [`Config::load`] found odd but not wrong; for the log, once there is one.
+    #[serde(skip)]
+    pub warnings: Vec<String>,
 }
 
 /// The HTTP listener of this process.
