@@ -40,6 +40,9 @@ impl Mailbox {
 
     /// Delivers frames, or notes that they were dropped.
     pub fn deliver(&mut self, frames: Vec<Frame>) {
+        if frames.is_empty() {
+            return;
+        }
         if self.notices.capacity() > 1 {
             self.interrupted = false;
             let _ = self.notices.try_send(Notice::Frames(frames));

@@ -4,6 +4,11 @@ mod fencing;
 mod fixture;
 mod logs;
 mod presence;
+mod private;
+#[path = "../common/proxy.rs"]
+mod proxy;
+mod redis_faults;
+mod redis_shapes;
 mod subscriptions;
 
 use fixture::Fixture;
