@@ -37,7 +37,12 @@ pub mod metric {
 
 /// Starts logging; later calls change nothing.
 pub fn init_logs(log: &Log) {
-    let filter = EnvFilter::try_new(&log.filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let mut filter = EnvFilter::try_new(&log.filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    // lapin logs returned messages with their bodies, and as errors what callers ask for and handle. What matters of it
+    // is logged where it is handled.
+    if let (false, Ok(quiet)) = (log.filter.contains("lapin"), "lapin=off".parse()) {
+        filter = filter.add_directive(quiet);
+    }
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let _ = match log.format {
         LogFormat::Human => builder.with_target(false).try_init(),

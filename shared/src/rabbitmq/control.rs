@@ -10,7 +10,7 @@ use lapin::{ErrorKind, ExchangeKind};
 
 use super::topology::{self, Names};
 use super::{link, port_error, refused, unavailable, within};
-use crate::ports::{PortResult, Source};
+use crate::ports::{PortError, PortResult, Source};
 
 /// Connections that the pool may hold to one host.
 const MAX_CONNECTIONS: usize = 2;
@@ -51,12 +51,10 @@ impl Control {
         .await
     }
 
-    /// Declares the exchange and the queues that are always there.
-    pub async fn declare_fixed(&self, host: usize, names: &Names) -> PortResult<()> {
-        within(self.limit, async {
-            topology::declare_fixed(&*self.connection(host).await?, names).await.map(drop)
-        })
-        .await
+    /// Declares the exchange and the queues that are always there; what the broker refused.
+    pub async fn declare_fixed(&self, host: usize, names: &Names) -> PortResult<Option<PortError>> {
+        within(self.limit, async { topology::declare_fixed(&*self.connection(host).await?, names).await })
+            .await
     }
 
     /// Ready messages in a queue; `None` if it is not there.

@@ -5,7 +5,6 @@
 //! from a publisher which confirms will never come.
 
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -198,8 +197,9 @@ async fn connect(
                 AsyncTcpStream::connect(&runtime, addresses.collect::<Vec<_>>()).await
             });
             let stream = stream.await.map_err(std::io::Error::from)??;
+            #[cfg(unix)]
             if let AsyncTcpStream::Plain(plain) = &stream {
-                let handle = plain.get_ref().as_fd().try_clone_to_owned()?;
+                let handle = std::os::fd::AsFd::as_fd(plain.get_ref()).try_clone_to_owned()?;
                 *socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle.into());
             }
             match uri.scheme {

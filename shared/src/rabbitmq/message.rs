@@ -7,11 +7,19 @@ use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
+use super::refused;
 use super::topology::short;
 use crate::ports::{Message, PortResult};
 
 /// How often a quorum queue has delivered the message before; absent on the first delivery.
 const DELIVERY_COUNT: &str = "x-delivery-count";
+
+/// What a publisher writes that consumes its replies itself; the broker puts an address in its place, or closes the
+/// channel of a publisher that does not.
+const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
+
+/// Headers by which a publisher names further queues; the broker closes the channel if they are not lists.
+const CARBON_COPIES: [&str; 2] = ["CC", "BCC"];
 
 /// Delivery modes of AMQP.
 const TRANSIENT: u8 = 1;
@@ -20,7 +28,8 @@ const PERSISTENT: u8 = 2;
 /// Properties of a message on its way out.
 ///
 /// # Errors
-/// An id or a header's name is longer than 255 bytes.
+/// An id or a header's name is longer than 255 bytes, or the broker would close the channel over it, to the loss of all
+/// who share it.
 pub fn to_properties(message: &Message, persistent: bool) -> PortResult<BasicProperties> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut properties = BasicProperties::default()
@@ -34,11 +43,16 @@ pub fn to_properties(message: &Message, persistent: bool) -> PortResult<BasicPro
         properties = properties.with_correlation_id(short(id.as_str())?);
     }
     if let Some(queue) = &message.reply_to {
+        if queue == DIRECT_REPLY_TO {
+            return Err(refused(format!("{DIRECT_REPLY_TO} is no address")));
+        }
         properties = properties.with_reply_to(short(queue.as_str())?);
     }
     if !message.headers.is_empty() {
         let mut headers = FieldTable::default();
-        for (name, value) in &message.headers {
+        for (name, value) in
+            message.headers.iter().filter(|(name, _)| !CARBON_COPIES.contains(&name.as_str()))
+        {
             headers.insert(short(name.as_str())?, AMQPValue::LongString(value.as_str().into()));
         }
         properties = properties.with_headers(headers);
@@ -98,5 +112,7 @@ mod tests {
         assert!(to_properties(&message, true).is_err());
         let message = Message { id: "x".repeat(255), ..Default::default() };
         assert!(to_properties(&message, true).is_ok());
+        let message = Message { reply_to: Some(DIRECT_REPLY_TO.into()), ..Default::default() };
+        assert!(to_properties(&message, true).is_err());
     }
 }

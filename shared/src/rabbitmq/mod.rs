@@ -12,7 +12,7 @@ mod publisher;
 mod topology;
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -40,35 +40,37 @@ pub struct RabbitQueue {
     publishing: Link<Publisher>,
     consuming: Arc<Link<()>>,
     control: Arc<Control>,
-    /// Work queues that were declared on the publishing connection with this number.
+    /// Models whose work queues were declared while the publishing connection with this number lived.
     declared: Mutex<(u64, HashSet<String>)>,
     limit: Duration,
 }
 
 impl RabbitQueue {
     /// Checks the URLs and begins to connect; a broker that is down now is connected to when it is up.
+    ///
+    /// # Errors
+    /// A URL or the prefix is wrong.
     pub async fn connect(services: &Services) -> PortResult<Self> {
-        let names = Arc::new(Names::new(&services.prefix));
+        Self::connect_with_limit(services, DEFAULT_LIMIT).await
+    }
+
+    /// The same, with another limit to how long a publish may wait for the connection and its confirm, and how long
+    /// other calls may take; 5 s otherwise.
+    pub async fn connect_with_limit(services: &Services, limit: Duration) -> PortResult<Self> {
+        let names = Arc::new(Names::new(&services.prefix)?);
         let hosts = link::parse(&services.amqp_url)?;
-        let control = Arc::new(Control::new(&hosts, DEFAULT_LIMIT)?);
         let on_open = {
             let names = names.clone();
             move |connection| Publisher::open(connection, names.clone()).boxed()
         };
         Ok(Self {
+            control: Arc::new(Control::new(&hosts, limit)?),
             publishing: Link::keep("publish", hosts.clone(), on_open),
             consuming: Arc::new(Link::keep("consume", hosts, |_| async { Ok(()) }.boxed())),
             names,
-            control,
             declared: Mutex::default(),
-            limit: DEFAULT_LIMIT,
+            limit,
         })
-    }
-
-    /// Sets how long a publish may wait for the connection and its confirm, and how long other calls may take.
-    pub fn with_limit(mut self, limit: Duration) -> Self {
-        self.limit = limit;
-        self
     }
 
     async fn publish_once(&self, address: &Address, message: &Message) -> Result<(), PublishError> {
@@ -77,22 +79,13 @@ impl RabbitQueue {
         live.extra.publish(address, message, deadline).await
     }
 
-    /// Forgets that queues were declared, if the publishing connection is another one by now.
-    fn is_declared(&self, connection: u64, model: &str) -> bool {
+    /// What was declared on a connection; nothing, if it is a new one.
+    fn declared_on(&self, connection: u64) -> MutexGuard<'_, (u64, HashSet<String>)> {
         let mut declared = self.declared.lock().unwrap_or_else(PoisonError::into_inner);
         if declared.0 != connection {
             *declared = (connection, HashSet::new());
         }
-        declared.1.contains(model)
-    }
-
-    fn set_declared(&self, connection: u64, model: &str, is: bool) {
-        let mut declared = self.declared.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is {
-            declared.1.remove(model);
-        } else if declared.0 == connection {
-            declared.1.insert(model.to_owned());
-        }
+        declared
     }
 }
 
@@ -100,14 +93,14 @@ impl RabbitQueue {
 impl Queue for RabbitQueue {
     async fn declare_work(&self, model: &str) -> PortResult<()> {
         let live = self.publishing.live(self.limit).await?;
-        if self.is_declared(live.number, model) {
+        if self.declared_on(live.number).1.contains(model) {
             return Ok(());
         }
         for lane in Lane::ALL {
             let source = Source::Work { model: model.to_owned(), lane };
             self.control.declare(live.host, &self.names, &source).await?;
         }
-        self.set_declared(live.number, model, true);
+        self.declared_on(live.number).1.insert(model.to_owned());
         Ok(())
     }
 
@@ -116,7 +109,7 @@ impl Queue for RabbitQueue {
         let outcome = self.publish_once(&address, &message).await;
         match (&outcome, to) {
             (Err(PublishError::Unroutable), Destination::Work { model, .. }) => {
-                self.set_declared(0, model, false);
+                self.declared.lock().unwrap_or_else(PoisonError::into_inner).1.remove(model);
                 outcome
             }
             // The fleet's own queues are always meant to be there: somebody deleted one.
@@ -126,7 +119,7 @@ impl Queue for RabbitQueue {
                     queue = address.key.as_str(),
                     "a queue of the fleet is gone; declaring it again"
                 );
-                self.control.declare_fixed(live.host, &self.names).await?;
+                live.extra.set_refusal(self.control.declare_fixed(live.host, &self.names).await?);
                 self.publish_once(&address, &message).await
             }
             _ => outcome,
@@ -156,8 +149,11 @@ impl Queue for RabbitQueue {
         if publishing.connection.status().blocked() {
             return Err(unavailable("it blocks publishers: a memory or disk alarm"));
         }
-        if let Some(refusal) = &publishing.extra.refusal() {
-            return Err(refusal.clone());
+        if publishing.extra.refusal().is_some() {
+            // Somebody may have put it right.
+            let refusal = self.control.declare_fixed(publishing.host, &self.names).await?;
+            publishing.extra.set_refusal(refusal.clone());
+            refusal.map_or(Ok(()), Err)?;
         }
         self.control.ping(consuming.host, &self.names).await
     }

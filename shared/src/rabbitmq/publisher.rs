@@ -70,6 +70,11 @@ impl Publisher {
         self.refusal.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Notes what the broker refused when they were declared again.
+    pub fn set_refusal(&self, refusal: Option<PortError>) {
+        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = refusal;
+    }
+
     /// Publishes, and waits for the confirm where the address wants it.
     pub async fn publish(&self, to: &Address, message: &Message, deadline: Instant) -> Verdict {
         let properties = to_properties(message, to.persistent)?;
@@ -111,8 +116,7 @@ impl Publisher {
             lane = current();
             if !lane.channel.status().connected() {
                 // Most likely the exchange was deleted.
-                let refusal = topology::declare_fixed(&self.connection, &self.names).await?;
-                *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = refusal;
+                self.set_refusal(topology::declare_fixed(&self.connection, &self.names).await?);
                 lane = Lane::open(&self.connection).await?;
                 *slot.write().unwrap_or_else(PoisonError::into_inner) = lane.clone();
             }

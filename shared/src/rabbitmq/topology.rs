@@ -46,9 +46,11 @@ pub struct Address {
 
 impl Names {
     /// Names that start with this instead of `llm.`.
-    pub fn new(prefix: &str) -> Self {
-        let exchange = short(prefixed(prefix, "llm.exchange")).unwrap_or_default();
-        Self { prefix: prefix.to_owned(), exchange }
+    ///
+    /// # Errors
+    /// The prefix is too long for AMQP.
+    pub fn new(prefix: &str) -> PortResult<Self> {
+        Ok(Self { prefix: prefix.to_owned(), exchange: short(prefixed(prefix, "llm.exchange"))? })
     }
 
     /// The exchange that everything is published to.

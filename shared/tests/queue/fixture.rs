@@ -38,7 +38,7 @@ impl Fixture {
 
     pub async fn rabbitmq() -> Self {
         let broker = Broker::new();
-        let queue = RabbitQueue::connect(&broker.services).await.unwrap();
+        let queue = RabbitQueue::connect_with_limit(&broker.services, PATIENCE).await.unwrap();
         Self { queue: Arc::new(queue), broker: Some(broker) }
     }
 
@@ -58,7 +58,7 @@ impl Fixture {
     pub async fn model(&self) -> (Destination, Source) {
         let (to, from) = self.undeclared_model();
         let Source::Work { model, .. } = &from else { unreachable!() };
-        self.queue.declare_work(model).await.unwrap();
+        eventually("the model is declared", || async { self.queue.declare_work(model).await.is_ok() }).await;
         (to, from)
     }
 
