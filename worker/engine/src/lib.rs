@@ -31,6 +31,9 @@ pub use stop::StopMatcher;
 pub use template::ChatTemplate;
 pub use tokenizer::Tokenizer;
 
+// What integration tests share is there for unit tests too, and names the crate from outside.
+#[cfg(test)]
+extern crate self as stoker_engine;
 #[cfg(test)]
 #[path = "../tests/common/mod.rs"]
 mod common;

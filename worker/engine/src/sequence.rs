@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use crate::kv::Table;
 use crate::{
-    Detokenizer, Event, Finish, FinishReason, Priority, Request, RequestError, RequestErrorKind, Sampling,
-    SequenceId, StopMatcher, TokenCounts, Tokenizer, Usage, sample,
+    Detokenizer, Event, Finish, FinishReason, Priority, Request, Sampling, SequenceId, StopMatcher,
+    TokenCounts, Tokenizer, Usage, sample,
 };
 
 /// A request that has been understood.
@@ -51,26 +51,9 @@ struct Output {
 }
 
 impl Sequence {
-    /// Takes over a request whose prompt is `prompt`; `context` is the most tokens that a sequence may have.
-    pub fn new(
-        request: Request,
-        prompt: Vec<u32>,
-        tokenizer: &Tokenizer,
-        context: usize,
-    ) -> Result<Self, RequestError> {
-        if prompt.is_empty() {
-            return Err(RequestError {
-                kind: RequestErrorKind::Invalid,
-                message: "the prompt is empty".into(),
-            });
-        }
-        if prompt.len() >= context {
-            let message = format!(
-                "the prompt has {} tokens, which leaves no room in the context of {context} tokens",
-                prompt.len()
-            );
-            return Err(RequestError { kind: RequestErrorKind::ContextLength, message });
-        }
+    /// Takes over a request whose prompt is `prompt`: at least one token, and fewer than `context`, the most tokens that a
+    /// sequence may have.
+    pub fn new(request: Request, prompt: Vec<u32>, tokenizer: &Tokenizer, context: usize) -> Self {
         let most = request.max_tokens.map_or(usize::MAX, |most| most as usize);
         let mut sequence = Self {
             id: request.id,
@@ -90,7 +73,7 @@ impl Sequence {
             cached_prompt: 0,
         };
         sequence.resume(&request.resume, tokenizer);
-        Ok(sequence)
+        sequence
     }
 
     /// Goes again through what an earlier attempt generated. All its text is out already: what is released for tokens, and

@@ -23,7 +23,7 @@ const ASSUMED_FREE: u64 = 8 << 30;
 /// Does all that [`load`](crate::load) promises, on the engine's thread.
 pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
     let checkpoint = Checkpoint::open(&options.path)?;
-    let language = Language { tokenizer: checkpoint.tokenizer()? };
+    let language = Language { tokenizer: checkpoint.tokenizer()?, template: checkpoint.template()? };
     let config = checkpoint.config();
     let slots = options.slots.unwrap_or(DEFAULT_SLOTS).max(1);
     let wanted =
@@ -32,10 +32,10 @@ pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
     let context = wanted.min(blocks * BLOCK);
     let backend = options.backend.unwrap_or(BackendKind::Cpu);
     let mut info = ModelInfo {
-        name: options.name.clone().unwrap_or_else(|| "model".into()),
-        revision: String::new(),
+        name: options.name.clone().unwrap_or_else(|| checkpoint.name()),
+        revision: checkpoint.revision(),
         architecture: config.architecture.clone(),
-        format: String::new(),
+        format: checkpoint.format(),
         context: context as u32,
         backend: String::new(),
         device: String::new(),
