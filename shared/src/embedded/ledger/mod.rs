@@ -19,7 +19,7 @@ use crate::ports::{
     Unpublished, UsageSummary,
 };
 use rows::{after, before, int, now_ms};
-use thread::{Database, port_error, refused, unavailable};
+use thread::{Database, port_error, unavailable};
 
 /// How long to wait for another process that is just giving the file back.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
@@ -279,9 +279,6 @@ impl Ledger for SqliteLedger {
     }
 
     async fn ready(&self) -> PortResult<()> {
-        self.db.run(|db| db.query_row("SELECT 1", [], |_| Ok(()))).await.map_err(|e| match e {
-            e if e.is_transient() => e,
-            e => refused(e),
-        })
+        self.db.run(|db| db.query_row("SELECT 1", [], |_| Ok(()))).await
     }
 }
