@@ -46,8 +46,18 @@ impl Fixture {
     pub async fn run<F: Future<Output = ()>>(self, test: impl FnOnce(Arc<Self>) -> F) {
         let this = Arc::new(self);
         let outcome = AssertUnwindSafe(test(this.clone())).catch_unwind().await;
-        if let Some(broker) = &this.broker {
-            broker.clean_up().await;
+        // The adapter goes first: it would declare again what is gone.
+        match Arc::try_unwrap(this) {
+            Ok(Self { queue, broker: Some(broker) }) => {
+                drop(queue);
+                broker.clean_up().await;
+            }
+            Ok(Self { broker: None, .. }) => {}
+            Err(shared) => {
+                if let Some(broker) = &shared.broker {
+                    broker.clean_up().await;
+                }
+            }
         }
         if let Err(panic) = outcome {
             std::panic::resume_unwind(panic);
