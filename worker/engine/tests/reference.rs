@@ -2,10 +2,7 @@
 
 mod common;
 
-use std::collections::HashMap;
-use std::sync::mpsc::{self, Receiver};
-use std::time::Duration;
-
+use common::listener::{Heard, Listener, options};
 use serde::Deserialize;
 use stoker_engine::bench::Probe;
 use stoker_engine::*;
@@ -42,19 +39,6 @@ struct Candidate {
 fn cases() -> Vec<Case> {
     let text = std::fs::read_to_string(common::data("smollm2_greedy_f32.json")).unwrap();
     serde_json::from_str::<Reference>(&text).unwrap().cases
-}
-
-fn options() -> LoadOptions {
-    LoadOptions {
-        path: common::smollm2(),
-        name: None,
-        backend: Some(BackendKind::Cpu),
-        slots: Some(8),
-        threads: None,
-        context: None,
-        kv_positions: Some(8192),
-        progress: None,
-    }
 }
 
 impl Case {
@@ -98,48 +82,6 @@ impl Case {
         let reason = if self.stop == "eos" { FinishReason::Stop } else { FinishReason::Length };
         assert_eq!(finish.reason, reason);
         assert_eq!(finish.usage.completion_tokens as usize, self.tokens.len());
-    }
-}
-
-/// What came of a request.
-#[derive(Clone, Debug, Default)]
-struct Heard {
-    tokens: Vec<u32>,
-    text: String,
-    finish: Option<Finish>,
-}
-
-/// An engine and what it says.
-struct Listener {
-    engine: Box<dyn Engine>,
-    events: Receiver<Vec<Event>>,
-}
-
-impl Listener {
-    fn load(options: LoadOptions) -> Self {
-        let (sender, events) = mpsc::channel();
-        let engine = load(options, Box::new(move |events| drop(sender.send(events)))).unwrap();
-        Self { engine, events }
-    }
-
-    /// Runs requests to their ends, together.
-    fn run(&self, requests: Vec<Request>) -> Vec<Heard> {
-        let ids: Vec<_> = requests.iter().map(|request| request.id).collect();
-        let mut heard: HashMap<SequenceId, Heard> = HashMap::new();
-        requests.into_iter().for_each(|request| self.engine.submit(request));
-        while heard.values().filter(|heard| heard.finish.is_some()).count() < ids.len() {
-            for event in self.events.recv_timeout(Duration::from_secs(300)).expect("the engine goes on") {
-                let heard = heard.entry(event.id).or_default();
-                heard.tokens.extend(event.tokens);
-                heard.text.push_str(&event.text);
-                heard.finish = event.finish;
-            }
-        }
-        ids.iter().map(|id| heard.remove(id).unwrap()).collect()
-    }
-
-    fn run_one(&self, request: Request) -> Heard {
-        self.run(vec![request]).remove(0)
     }
 }
 

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test program uses a part of it
 
 pub mod gguf;
+pub mod listener;
 
 use std::path::PathBuf;
 
