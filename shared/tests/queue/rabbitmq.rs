@@ -169,8 +169,10 @@ async fn a_broker_that_comes_later_is_found() {
         assert!(unavailable(&test.queue.ready().await.unwrap_err()));
         assert!(unavailable(&test.queue.consume(&from, 1).await.unwrap_err()));
         assert!(unavailable(&test.queue.depth(&from).await.unwrap_err()));
-        let refused = test.queue.publish(&to, message("a")).await;
-        assert!(matches!(&refused, Err(PublishError::Port(error)) if unavailable(error)), "{refused:?}");
+        for to in [&to, &Destination::Metrics] {
+            let refused = test.queue.publish(to, message("a")).await;
+            assert!(matches!(&refused, Err(PublishError::Port(error)) if unavailable(error)), "{refused:?}");
+        }
 
         proxy.set(Mode::Pass);
         is_ready(&test).await;
