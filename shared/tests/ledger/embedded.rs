@@ -7,7 +7,8 @@ use stoker_shared::embedded::SqliteLedger;
 use stoker_shared::ports::{Claimed, Committed, JobState, Ledger};
 use uuid::Uuid;
 
-use crate::suite::{self, new_answer, new_claim, new_ending, new_job};
+use crate::samples::{new_answer, new_claim, new_ending, new_job};
+use crate::suite;
 
 crate::suite_tests!(|| async { (Arc::new(SqliteLedger::open(None).unwrap()), ()) });
 

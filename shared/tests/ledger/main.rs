@@ -1,9 +1,13 @@
 //! The ledger's test suite, on both adapters.
 
+mod database;
 mod embedded;
+mod guide;
+mod hostile;
 mod postgres;
 #[path = "../common/proxy.rs"]
 mod proxy;
+mod samples;
 mod suite;
 
 /// Makes a test of every function of the suite, each on a ledger of its own: `$open` gives one, with what must outlive

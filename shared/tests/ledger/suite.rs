@@ -5,94 +5,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use serde_json::json;
-use stoker_shared::ports::{
-    Accepted, CacheRow, Claim, Claimed, Committed, DeadLetter, Ending, JobState, Ledger, NewJob, RequestRow,
-};
+use stoker_shared::ports::{Accepted, CacheRow, Claimed, Committed, DeadLetter, Ending, JobState, Ledger};
 use uuid::Uuid;
 
+use crate::samples::{DAY_S, new_answer, new_claim, new_ending, new_job};
+
+pub use crate::hostile::*;
+
 pub type Shared = Arc<dyn Ledger>;
-
-const DAY_S: u64 = 86_400;
-
-pub fn new_job(key: Uuid, hash: &str) -> NewJob {
-    NewJob {
-        key,
-        tenant: "acme".into(),
-        job_id: format!("job-{key}"),
-        body_hash: hash.into(),
-        body: Bytes::from_static(b"{\"prompt\":\"hi\"}"),
-        headers: json!({"x-stoker-key": key.to_string(), "odd": "a\u{0}b"}),
-        expires_in_s: DAY_S,
-    }
-}
-
-pub fn new_claim(key: Uuid, expected: Option<u64>, epoch: u64, worker: &str) -> Claim {
-    Claim {
-        key,
-        tenant: "acme".into(),
-        job_id: format!("job-{key}"),
-        body_hash: "hash".into(),
-        expected,
-        epoch,
-        worker: worker.into(),
-        interruptions: epoch.saturating_sub(2) as u32,
-        expires_in_s: DAY_S,
-    }
-}
-
-pub fn new_ending(key: Uuid, epoch: u64) -> Ending {
-    Ending {
-        key,
-        tenant: "acme".into(),
-        job_id: format!("job-{key}"),
-        body_hash: "hash".into(),
-        epoch,
-        outcome: Bytes::from(format!("{{\"id\":\"{key}\",\"epoch\":{epoch}}}")),
-        request: RequestRow {
-            user_id: Some("ann".into()),
-            prompt: "Say hello".into(),
-            response: "Hello".into(),
-            model: "smol".into(),
-            tokens: 5,
-            execution_time_ms: 40,
-            metadata: json!({"worker": "w-1", "nested": {"list": [1, 2.5, null]}}),
-            prompt_tokens: 3,
-            finish_reason: "stop".into(),
-            worker: "w-1".into(),
-            attempts: 1,
-            queued_ms_ago: Some(60),
-            started_ms_ago: Some(45),
-            first_token_ms_ago: Some(30),
-            ..RequestRow::default()
-        },
-        cache: None,
-        dead: None,
-        expires_in_s: DAY_S,
-    }
-}
-
-pub fn new_answer(cache_key: &str, text: &str) -> CacheRow {
-    CacheRow {
-        cache_key: cache_key.into(),
-        prompt_hash: "ab".repeat(32),
-        response: text.into(),
-        model: "smol".into(),
-        metadata: json!({"finishReason": "stop", "usage": {"promptTokens": 3, "completionTokens": 5}}),
-        expires_in_s: 0,
-    }
-}
 
 async fn commit_one(ledger: &Shared, ending: Ending) -> Committed {
     ledger.commit(vec![ending]).await.unwrap().remove(0)
 }
 
-async fn request_count(ledger: &Shared) -> u64 {
+pub async fn request_count(ledger: &Shared) -> u64 {
     ledger.usage("acme", None, DAY_S).await.unwrap().request_count
 }
 
 /// Asks again until the answer is yes. Databases expire things by whole seconds.
-pub async fn eventually<F: AsyncFnMut() -> bool>(mut ask: F) {
+async fn eventually<F: AsyncFnMut() -> bool>(mut ask: F) {
     for _ in 0..600 {
         if ask().await {
             return;
@@ -351,100 +282,6 @@ pub async fn a_key_may_come_twice_in_a_batch(ledger: Shared) {
     );
     assert_eq!(request_count(&ledger).await, 2);
     assert!(ledger.commit(Vec::new()).await.unwrap().is_empty());
-}
-
-pub async fn hostile_values_do_not_block_an_end(ledger: Shared) {
-    let long = format!("{}é🦀é", "x".repeat(98));
-    let mut endings = Vec::new();
-    let mut add = |change: &dyn Fn(&mut Ending)| {
-        let mut ending = new_ending(Uuid::now_v7(), 1);
-        ending.cache = Some(new_answer(&format!("hostile-{}", endings.len()), "text"));
-        change(&mut ending);
-        endings.push(ending);
-    };
-    add(&|e| {
-        e.request.prompt = "a\0b".into();
-        e.request.response = "\0".into();
-        e.request.model = "m\0".into();
-        e.request.user_id = Some("\0\0".into());
-        e.request.finish_reason = "st\0op".into();
-        e.request.error_code = Some("\0".into());
-        e.request.worker = "w\0".into();
-        e.request.api_key_id = Some("k\0".into());
-        e.request.metadata = json!({"k\u{0}": ["v\u{0}", {"\u{0}": "\u{0}"}], "literal": "\\u0000"});
-        e.job_id = "id\0".into();
-        e.body_hash = "\0".into();
-    });
-    add(&|e| e.request.model = long.clone());
-    add(&|e| e.request.user_id = Some("🦀".repeat(300)));
-    add(&|e| e.request.response = "é".repeat(5 << 20));
-    add(&|e| {
-        let cache = e.cache.as_mut().unwrap();
-        cache.response = "with\0NUL".into();
-    });
-    add(&|e| {
-        let cache = e.cache.as_mut().unwrap();
-        cache.cache_key = "k".repeat(300);
-        cache.model = long.clone();
-        cache.prompt_hash = "h".repeat(300);
-    });
-    add(&|e| {
-        e.request.tokens = u32::MAX;
-        e.request.execution_time_ms = u32::MAX;
-        e.request.prompt_tokens = u32::MAX;
-        e.request.attempts = u32::MAX;
-        e.request.queued_ms_ago = Some(u64::MAX);
-        e.expires_in_s = u64::MAX;
-        e.cache.as_mut().unwrap().expires_in_s = u64::MAX;
-    });
-    add(&|e| {
-        e.dead = Some(DeadLetter {
-            key: Some(e.key),
-            job_id: Some("\0".into()),
-            tenant: "ac\0me".into(),
-            body: Bytes::from_static(b"\xff\0\xfe"),
-            code: "poison\0".into(),
-            reason: "it killed\0 three workers".into(),
-            attempts: u32::MAX,
-            worker: "\0".into(),
-        });
-    });
-    let caches: Vec<_> = endings.iter().map(|e| e.cache.clone().unwrap()).collect();
-    let keys: Vec<_> = endings.iter().map(|e| (e.key, e.outcome.clone())).collect();
-    assert_eq!(ledger.commit(endings).await.unwrap(), vec![Committed::Done; keys.len()]);
-    assert_eq!(request_count(&ledger).await, keys.len() as u64);
-    for (key, outcome) in keys {
-        assert_eq!(ledger.find(key).await.unwrap().unwrap().outcome, Some(outcome));
-    }
-    // A cached answer is the whole truth or absent: one that lost a character would be another answer.
-    for expected in caches {
-        if let Some(found) = ledger.cached(&expected.cache_key).await.unwrap() {
-            assert_eq!(found.response, expected.response);
-            assert_eq!(found.model, expected.model);
-        }
-    }
-    let letter = ledger.dead_letters(1).await.unwrap().remove(0);
-    assert_eq!(letter.body, Bytes::from_static(b"\xff\0\xfe"));
-}
-
-pub async fn hostile_values_are_accepted_and_claimed(ledger: Shared) {
-    let mut job = new_job(Uuid::now_v7(), "hash");
-    job.job_id = "a\0b".into();
-    job.tenant = "t\0".into();
-    job.body = Bytes::from(vec![0; 10 << 20]);
-    assert_eq!(ledger.accept(&job).await.unwrap(), Accepted::New);
-    assert!(matches!(ledger.accept(&job).await.unwrap(), Accepted::Same(_)));
-    assert_eq!(ledger.find(job.key).await.unwrap().unwrap().body, Some(job.body.clone()));
-    assert_eq!(ledger.unpublished(0, 1).await.unwrap()[0].body, job.body);
-    let mut claim = new_claim(Uuid::now_v7(), None, 2, "w\0");
-    claim.job_id = "\0".into();
-    claim.tenant = "t\0".into();
-    claim.expires_in_s = u64::MAX;
-    assert_eq!(ledger.claim(&claim).await.unwrap(), Claimed::Won);
-    ledger.release(&claim).await.unwrap();
-    assert_eq!(ledger.find(claim.key).await.unwrap().unwrap().owner, None);
-    assert_eq!(ledger.cached("a\0b").await.unwrap(), None);
-    assert_eq!(ledger.usage("t\0", Some("\0"), u64::MAX).await.unwrap().request_count, 0);
 }
 
 pub async fn a_cached_answer_is_found_until_it_expires(ledger: Shared) {
