@@ -210,8 +210,14 @@ async fn hands_off(
     match (row.state, &row.owner) {
         (JobState::Done, _) => Ok(Some(Closed::Already)),
         (JobState::Running, Some(owner)) if *owner != dispatch.id => {
-            let gone = dispatch.ports.bus.worker_liveness(owner).await? == Liveness::Gone;
-            Ok(if gone { None } else { Some(Closed::Running) })
+            match dispatch.ports.bus.worker_liveness(owner).await? {
+                Liveness::Gone => Ok(None),
+                Liveness::Alive => Ok(Some(Closed::Running)),
+                Liveness::Unknown => Err(PortError::Unavailable {
+                    service: "the bus",
+                    message: "it can't say yet whether the job's worker is there".into(),
+                }),
+            }
         }
         _ => Ok(None),
     }

@@ -1,5 +1,6 @@
 //! A coordinator on embedded ports, and how to talk to it.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,26 +8,58 @@ use reqwest::{Client, Response};
 use serde_json::Value;
 use stoker_coordinator::Coordinator;
 use stoker_shared::config::Config;
-use stoker_shared::embedded;
 use stoker_shared::job::Job;
 use stoker_shared::ports::{Ports, Source};
 
+use crate::ground::Ground;
 use crate::worker::{Script, TestWorker, echo};
 
 /// The model that test workers serve.
 pub const MODEL: &str = "test/echo";
 
+/// All models that tests speak of.
+#[allow(dead_code, reason = "only the suite on real services has queues to delete")]
+pub const MODELS: [&str; 4] = [MODEL, "gone", "nobody", "doomed"];
+
 /// A coordinator and the ports that it runs on.
 pub struct Fleet {
     pub coordinator: Coordinator,
-    pub ports: Ports,
+    pub ports: TestPorts,
     pub url: String,
     pub http: Client,
 }
 
-/// Ports in memory.
-pub fn ports() -> Ports {
-    embedded::ports(None).unwrap()
+/// Ports, and what must be cleaned up when nobody needs them any more.
+#[derive(Clone)]
+pub struct TestPorts {
+    ports: Ports,
+    _ground: Arc<Ground>,
+}
+
+impl Deref for TestPorts {
+    type Target = Ports;
+
+    fn deref(&self) -> &Ports {
+        &self.ports
+    }
+}
+
+impl DerefMut for TestPorts {
+    fn deref_mut(&mut self) -> &mut Ports {
+        &mut self.ports
+    }
+}
+
+/// Ports that no other test uses, once they are ready.
+pub async fn ports() -> TestPorts {
+    let (ground, ports) = Ground::open().await;
+    eventually("the services are ready", || async {
+        ports.queue.ready().await.is_ok()
+            && ports.bus.ready().await.is_ok()
+            && ports.ledger.ready().await.is_ok()
+    })
+    .await;
+    TestPorts { ports, _ground: Arc::new(ground) }
 }
 
 /// A configuration for a test: any free port.
@@ -39,8 +72,8 @@ pub fn config() -> Config {
 
 impl Fleet {
     /// A coordinator on these ports.
-    pub async fn on(ports: Ports, config: Config) -> Self {
-        let coordinator = Coordinator::start(config, ports.clone(), None).await.unwrap();
+    pub async fn on(ports: TestPorts, config: Config) -> Self {
+        let coordinator = Coordinator::start(config, Ports::clone(&ports), None).await.unwrap();
         let url = format!("http://{}", coordinator.addr());
         // The client wants to know one even where it speaks plain HTTP. The first test of the process installs it.
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -54,7 +87,7 @@ impl Fleet {
 
     /// A coordinator and a worker with a script.
     pub async fn scripted(author: impl Fn(&Job) -> Script + Send + Sync + 'static) -> (Self, TestWorker) {
-        let ports = ports();
+        let ports = ports().await;
         let worker = TestWorker::start(&ports, MODEL, Arc::new(author)).await;
         (Self::on(ports, config()).await, worker)
     }

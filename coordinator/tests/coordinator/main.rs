@@ -3,6 +3,7 @@
 
 mod faults;
 mod fleet;
+mod ground;
 mod worker;
 
 mod front_door;

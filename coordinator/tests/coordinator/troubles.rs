@@ -19,7 +19,7 @@ fn chat(stream: bool) -> Value {
 async fn faulty(
     author: impl Fn(&stoker_shared::job::Job) -> Script + Send + Sync + 'static,
 ) -> (Fleet, TestWorker, Arc<FaultyQueue>) {
-    let mut ports = ports();
+    let mut ports = ports().await;
     let queue = FaultyQueue::new(ports.queue.clone());
     ports.queue = queue.clone();
     let worker = TestWorker::start(&ports, MODEL, Arc::new(author)).await;
@@ -79,7 +79,7 @@ async fn a_broker_that_is_down_means_503_and_back_means_back() {
 
 #[tokio::test]
 async fn a_full_queue_means_503() {
-    let mut ports = ports();
+    let mut ports = ports().await;
     ports.queue = Arc::new(stoker_shared::embedded::EmbeddedQueue::with_limit(1));
     let mut config = config();
     config.coordinator.models = vec![MODEL.into()];
@@ -99,7 +99,7 @@ async fn a_full_queue_means_503() {
 
 #[tokio::test]
 async fn a_bus_that_is_down_at_start_is_waited_for() {
-    let mut ports = ports();
+    let mut ports = ports().await;
     let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
     let bus = FaultyBus::new(ports.bus.clone());
     bus.set_down(true);
@@ -119,7 +119,7 @@ async fn a_bus_that_is_down_at_start_is_waited_for() {
 
 #[tokio::test]
 async fn a_bus_that_goes_down_means_503_after_a_moment() {
-    let mut ports = ports();
+    let mut ports = ports().await;
     let _worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
     let bus = FaultyBus::new(ports.bus.clone());
     ports.bus = bus.clone();
