@@ -1,8 +1,6 @@
 //! Writes GGUF files, right or wrong ones.
 #![allow(dead_code)] // each test program uses a part of it
 
-use stoker_engine::weights::DType;
-
 /// A metadata value.
 #[derive(Clone)]
 pub enum Value {
@@ -23,23 +21,6 @@ pub type Tensor = (String, Vec<usize>, u32, Vec<u8>);
 pub struct Gguf {
     pub metadata: Vec<(String, Value)>,
     pub tensors: Vec<Tensor>,
-}
-
-/// GGUF's number for a format.
-pub fn type_number(dtype: DType) -> u32 {
-    match dtype {
-        DType::F32 => 0,
-        DType::F16 => 1,
-        DType::Q4_0 => 2,
-        DType::Q4_1 => 3,
-        DType::Q5_0 => 6,
-        DType::Q5_1 => 7,
-        DType::Q8_0 => 8,
-        DType::Q4K => 12,
-        DType::Q5K => 13,
-        DType::Q6K => 14,
-        DType::BF16 => 30,
-    }
 }
 
 fn put_string(out: &mut Vec<u8>, s: &str) {
