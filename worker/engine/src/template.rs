@@ -8,6 +8,7 @@
 //! that it can't run for ever; how much text a step makes is not bounded.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use minijinja::value::Kwargs;
@@ -40,8 +41,8 @@ impl ChatTemplate {
     /// Reads a template; `None`: ChatML. `bos`, `eos`: the model's begin and end tokens as text.
     pub(crate) fn new(source: Option<&str>, bos: &str, eos: &str) -> Result<Self, Fault> {
         let mut env = Environment::new();
-        env.set_trim_blocks(true);
-        env.set_lstrip_blocks(true);
+        let syntax = env.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build();
+        env.set_syntax(syntax.map_err(|e| Fault::Unsupported(e.to_string()))?);
         env.set_unknown_method_callback(unknown_method_callback);
         env.add_function("raise_exception", raise_exception);
         env.add_function("strftime_now", strftime_now);
@@ -55,33 +56,31 @@ impl ChatTemplate {
     ///
     /// The date is today's where a template asks for it (in UTC), so a prompt can differ from one day to the next.
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String, RequestError> {
-        #[derive(Serialize)]
-        struct Message<'a> {
-            role: &'a str,
-            content: &'a str,
-        }
-        let list: Vec<_> = messages.iter().map(|m| Message { role: &m.role, content: &m.content }).collect();
+        let message = |m: &ChatMessage| context! { role => m.role.as_str(), content => m.content.as_str() };
+        let list: Vec<Value> = messages.iter().map(message).collect();
         let render = || {
             let mut env = (*self.environment).clone();
             env.set_fuel(Some(FUEL + FUEL_PER_MESSAGE * messages.len() as u64));
             env.get_template(NAME)?.render(context! {
                 messages => list,
-                bos_token => self.bos,
-                eos_token => self.eos,
+                bos_token => self.bos.as_str(),
+                eos_token => self.eos.as_str(),
                 add_generation_prompt => true,
                 tools => (),
                 documents => (),
             })
         };
-        render().map_err(|e| RequestError {
-            kind: RequestErrorKind::Invalid,
-            message: match e.kind() {
-                ErrorKind::OutOfFuel => {
-                    "the model's chat template takes too many steps for these messages".into()
-                }
-                _ => format!("the model's chat template does not take these messages: {}", explain(&e)),
-            },
-        })
+        // The library has panicked on odd templates before; nothing of it outlives the call.
+        let result = catch_unwind(AssertUnwindSafe(render));
+        let message = match result {
+            Ok(Ok(text)) => return Ok(text),
+            Ok(Err(e)) if e.kind() == ErrorKind::OutOfFuel => {
+                "the model's chat template takes too many steps for these messages".into()
+            }
+            Ok(Err(e)) => format!("the model's chat template does not take these messages: {}", explain(&e)),
+            Err(_) => "the model's chat template fails on these messages".into(),
+        };
+        Err(RequestError { kind: RequestErrorKind::Invalid, message })
     }
 }
 
@@ -285,6 +284,31 @@ mod tests {
                 "{source}"
             );
         }
+    }
+
+    /// `templates.json` holds templates with the constructs that models' templates are made of, and what Python makes of
+    /// them.
+    #[test]
+    fn texts_are_those_of_python() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/templates.json");
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let mut wrong = Vec::new();
+        for case in json["cases"].as_array().unwrap() {
+            let text = |v: &serde_json::Value| v.as_str().unwrap().to_owned();
+            let messages: Vec<_> = case["messages"].as_array().unwrap().iter().collect();
+            let messages: Vec<_> =
+                messages.iter().map(|m| message(&text(&m["role"]), &text(&m["content"]))).collect();
+            let got = render(&text(&case["template"]), &messages);
+            let fits = match (&got, case["text"].as_str()) {
+                (Ok(got), Some(want)) => got == want,
+                (Err(_), None) => true,
+                _ => false,
+            };
+            if !fits {
+                wrong.push(format!("{}: {got:#?}, not {:#?}", case["name"], case["text"]));
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 
     #[test]
