@@ -26,6 +26,11 @@ pub(super) trait Lanes: Copy {
     /// # Safety
     /// Room for 16 values at `to`.
     unsafe fn store(self, to: *mut f32);
+    /// Asks for the cache line at `at`, which need not be there.
+    #[inline(always)]
+    fn prefetch<T>(at: *const T) {
+        let _ = at;
+    }
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
@@ -189,6 +194,10 @@ mod x86 {
     impl Lanes for V512 {
         const REGISTERS: usize = 32;
         #[inline(always)]
+        fn prefetch<T>(at: *const T) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        }
+        #[inline(always)]
         fn splat(value: f32) -> Self {
             V512(unsafe { _mm512_set1_ps(value) })
         }
@@ -264,15 +273,12 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct V256(__m256, __m256);
 
-    impl V256 {
-        #[inline(always)]
-        fn zip(self, other: Self, f: impl Fn(__m256, __m256) -> __m256) -> Self {
-            V256(f(self.0, other.0), f(self.1, other.1))
-        }
-    }
-
     impl Lanes for V256 {
         const REGISTERS: usize = 8;
+        #[inline(always)]
+        fn prefetch<T>(at: *const T) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        }
         #[inline(always)]
         fn splat(value: f32) -> Self {
             let all = unsafe { _mm256_set1_ps(value) };
@@ -294,16 +300,21 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn load_f16(from: *const f16) -> Self {
-            let eight = |at: usize| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.add(at).cast())) };
-            V256(eight(0), eight(8))
+            unsafe {
+                V256(
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast())),
+                )
+            }
         }
         #[inline(always)]
         unsafe fn load_bf16(from: *const bf16) -> Self {
-            let eight = |at: usize| unsafe {
-                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(at).cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-            };
-            V256(eight(0), eight(8))
+            unsafe {
+                let (a, b) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
+                let a = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(a));
+                let b = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(b));
+                V256(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b))
+            }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
@@ -314,27 +325,27 @@ mod x86 {
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_add_ps(a, b) })
+            unsafe { V256(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn sub(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_sub_ps(a, b) })
+            unsafe { V256(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_mul_ps(a, b) })
+            unsafe { V256(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn div(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_div_ps(a, b) })
+            unsafe { V256(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn max(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_max_ps(a, b) })
+            unsafe { V256(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn min(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_min_ps(a, b) })
+            unsafe { V256(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
         }
         #[inline(always)]
         fn mul_add(self, factor: Self, addend: Self) -> Self {
@@ -344,17 +355,22 @@ mod x86 {
         }
         #[inline(always)]
         fn power_of_two(self) -> Self {
-            let eight = |n: __m256| unsafe {
-                let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
-            };
-            V256(eight(self.0), eight(self.1))
+            unsafe {
+                let bias = _mm256_set1_epi32(127);
+                let a = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(self.0), bias));
+                let b = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(self.1), bias));
+                V256(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b))
+            }
         }
         #[inline(always)]
         fn zero_below(self, of: Self, limit: f32) -> Self {
-            self.zip(of, |value, of| unsafe {
-                _mm256_and_ps(value, _mm256_cmp_ps::<_CMP_NLT_UQ>(of, _mm256_set1_ps(limit)))
-            })
+            unsafe {
+                let limit = _mm256_set1_ps(limit);
+                V256(
+                    _mm256_and_ps(self.0, _mm256_cmp_ps::<_CMP_NLT_UQ>(of.0, limit)),
+                    _mm256_and_ps(self.1, _mm256_cmp_ps::<_CMP_NLT_UQ>(of.1, limit)),
+                )
+            }
         }
     }
 }

@@ -23,8 +23,8 @@ use super::pool::{Pool, share};
 const TILE: usize = 4;
 /// Rows of activations that stay in the second-level cache while all weights pass by.
 const PASS: usize = 128;
-/// Weights below this are not worth another task.
-const LEAST_BYTES: usize = 48 << 10;
+/// Bytes of weights, times tiles of activations, that are worth another thread.
+const WORTH: usize = 16 << 10;
 
 /// Computes a tile: `out[t]` becomes the outputs of 16 rows of weights for row `first + t` of the activations.
 type Kernel = unsafe fn(&Group<'_>, &Activations, usize, &mut [[f32; LANES]]);
@@ -97,8 +97,12 @@ struct Input<'a> {
 fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
     let groups: usize = jobs.iter().map(|job| job.w.groups()).sum();
     let bytes: usize = jobs.iter().map(|job| job.w.bytes()).sum();
-    let most = if pool.threads() == 1 { 1 } else { pool.threads() * 4 };
-    let tasks = (bytes * input.n.div_ceil(TILE) / LEAST_BYTES).clamp(1, most).min(groups.max(1));
+    // With few rows the time goes into reading weights, which is fastest in long runs: one a thread. With many it goes
+    // into computing, and smaller pieces even out what threads are kept from.
+    let tiles = input.n.div_ceil(TILE);
+    let pieces = if tiles <= 2 { 1 } else { 4 };
+    let most = if pool.threads() == 1 { 1 } else { pool.threads() * pieces };
+    let tasks = (bytes * tiles / WORTH).clamp(1, most).min(groups.max(1));
     pool.run(tasks, |task| {
         let mut range = share(groups, tasks, task);
         for job in jobs {

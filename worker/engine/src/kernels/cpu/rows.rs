@@ -1,5 +1,7 @@
 //! What lies between products and attention, a row at a time: norms, rotary positions, the gated unit, sums.
 
+use std::ops::Range;
+
 use super::lanes::{Lanes, on_isa};
 use super::pack::Shared;
 use super::pool::Pool;
@@ -47,17 +49,17 @@ on_isa!(fn norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) = norm
 #[inline(always)]
 fn norm_body<L: Lanes>(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
     let mut squares = [L::splat(0.0); 4];
-    vectors::<L>(x.len(), |at, len, index| {
-        let v = load_part::<L>(&x[at..at + len]);
+    for (index, at) in vectors(x.len()).enumerate() {
+        let v = load_part::<L>(&x[at]);
         squares[index % 4] = v.mul_add(v, squares[index % 4]);
-    });
+    }
     let [a, b, c, d] = squares;
     let mean = a.add(b).add(c.add(d)).sum() / x.len() as f32;
     let factor = L::splat(1.0 / (mean + epsilon).sqrt());
-    vectors::<L>(x.len(), |at, len, _| {
-        let scaled = load_part::<L>(&x[at..at + len]).mul(factor);
-        store_part(scaled.mul(load_part::<L>(&weight[at..at + len])), &mut out[at..at + len]);
-    });
+    for at in vectors(x.len()) {
+        let scaled = load_part::<L>(&x[at.clone()]).mul(factor);
+        store_part(scaled.mul(load_part::<L>(&weight[at.clone()])), &mut out[at]);
+    }
 }
 
 /// `out = activation(gate) * up`.
@@ -81,25 +83,28 @@ on_isa!(fn gelu_times(gate: &[f32], up: &[f32], out: &mut [f32]) = gelu_body);
 
 #[inline(always)]
 fn silu_body<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    gated_body::<L>(gate, up, out, |g| g);
+    for at in vectors(out.len()) {
+        let (g, u) = (load_part::<L>(&gate[at.clone()]), load_part::<L>(&up[at.clone()]));
+        store_part(sigmoid(g).mul(g).mul(u), &mut out[at]);
+    }
 }
 
 #[inline(always)]
 fn gelu_body<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    // (1 + tanh(z)) / 2 = 1 / (1 + e^-2z), with z = sqrt(2 / pi) (x + 0.044715 x^3).
+    // (1 + tanh(z)) / 2 is the sigmoid of 2 z, with z = sqrt(2 / pi) (x + 0.044715 x^3).
     let (linear, cubic) = (L::splat(1.595_769), L::splat(1.595_769 * 0.044_715));
-    gated_body::<L>(gate, up, out, |g| g.mul(g.mul(g).mul_add(cubic, linear)));
+    for at in vectors(out.len()) {
+        let (g, u) = (load_part::<L>(&gate[at.clone()]), load_part::<L>(&up[at.clone()]));
+        let double = g.mul(g.mul(g).mul_add(cubic, linear));
+        store_part(sigmoid(double).mul(g).mul(u), &mut out[at]);
+    }
 }
 
-/// `out = gate / (1 + e^-exponent(gate)) * up`.
+/// `1 / (1 + e^-x)`.
 #[inline(always)]
-fn gated_body<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32], exponent: impl Fn(L) -> L) {
-    let (zero, one) = (L::splat(0.0), L::splat(1.0));
-    vectors::<L>(out.len(), |at, len, _| {
-        let (g, u) = (load_part::<L>(&gate[at..at + len]), load_part::<L>(&up[at..at + len]));
-        let denominator = one.add(zero.sub(exponent(g)).exp());
-        store_part(g.mul(u).div(denominator), &mut out[at..at + len]);
-    });
+fn sigmoid<L: Lanes>(x: L) -> L {
+    let one = L::splat(1.0);
+    one.div(one.add(L::splat(0.0).sub(x).exp()))
 }
 
 /// `x += y`.
@@ -115,10 +120,10 @@ on_isa!(fn add_to(x: &mut [f32], y: &[f32]) = add_body);
 
 #[inline(always)]
 fn add_body<L: Lanes>(x: &mut [f32], y: &[f32]) {
-    vectors::<L>(x.len(), |at, len, _| {
-        let sum = load_part::<L>(&x[at..at + len]).add(load_part::<L>(&y[at..at + len]));
-        store_part(sum, &mut x[at..at + len]);
-    });
+    for at in vectors(x.len()) {
+        let sum = load_part::<L>(&x[at.clone()]).add(load_part::<L>(&y[at.clone()]));
+        store_part(sum, &mut x[at]);
+    }
 }
 
 /// Cosines and sines of a step's positions, `[row][pair]`: computed once a step, used by all layers.
@@ -185,16 +190,11 @@ fn by_rows(pool: &Pool, cols: usize, out: &mut [f32], task: impl Fn(usize, &mut 
     });
 }
 
-/// Calls `step(offset, length, index)` for each vector of `len` values; the last may be short.
+/// The ranges of `len` values that fill vectors; the last may be short. A loop over ranges and not a function that takes
+/// a closure: a closure is compiled without the instruction set of the kernel around it.
 #[inline(always)]
-fn vectors<L: Lanes>(len: usize, mut step: impl FnMut(usize, usize, usize)) {
-    let whole = len / 16;
-    for index in 0..whole {
-        step(index * 16, 16, index);
-    }
-    if !len.is_multiple_of(16) {
-        step(whole * 16, len % 16, whole);
-    }
+fn vectors(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len.div_ceil(16)).map(move |v| v * 16..len.min(v * 16 + 16))
 }
 
 /// At most 16 values, the rest zero.

@@ -12,6 +12,9 @@ pub(super) const CHUNK: usize = 256;
 const QUERIES: usize = 6;
 /// Positions and dimensions of a vector.
 const WIDTH: usize = 16;
+/// Keys and values are asked for as many vectors of positions before they are used: some ten thousand bytes, as memory's
+/// latency wants it.
+const AHEAD: usize = 2;
 
 /// A thread's memory for one unit.
 #[derive(Default)]
@@ -135,7 +138,14 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
     let of = |pick: fn(&Range<usize>) -> usize| spans.iter().filter(|s| !s.is_empty()).map(pick);
     let (Some(start), Some(end)) = (of(|s| s.start).min(), of(|s| s.end).max()) else { return };
     let whole = start / WIDTH..end.div_ceil(WIDTH);
-    let pages = Pages { problem, table: problem.table(unit), kv_head: unit.kv_head, chunk };
+    let pages = Pages {
+        problem,
+        table: problem.table(unit),
+        kv_head: unit.kv_head,
+        chunk,
+        whole: &whole,
+        fetch: first == 0,
+    };
 
     // Two vectors of positions at a time, so that additions need not wait for each other.
     let queries = &scratch.queries[first * problem.shape.head_dim..][..Q * problem.shape.head_dim];
@@ -145,10 +155,12 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
         unsafe {
             if v + 1 < whole.end {
                 let keys = [pages.keys(v), pages.keys(v + 1)];
-                scores::<L, E, Q, 2>(queries, keys, problem.shape.block, &mut scratch.weights, v);
+                let next = pages.ahead(v - whole.start, pages.keys(v));
+                scores::<L, E, Q, 2>(queries, keys, next, problem.shape.block, &mut scratch.weights, v);
                 v += 2;
             } else {
-                scores::<L, E, Q, 1>(queries, [pages.keys(v)], problem.shape.block, &mut scratch.weights, v);
+                let (keys, next) = ([pages.keys(v)], pages.ahead(v - whole.start, pages.keys(v)));
+                scores::<L, E, Q, 1>(queries, keys, next, problem.shape.block, &mut scratch.weights, v);
                 v += 1;
             }
         }
@@ -183,6 +195,10 @@ struct Pages<'a, E> {
     table: &'a [u32],
     kv_head: usize,
     chunk: usize,
+    /// Vectors of positions that are used.
+    whole: &'a Range<usize>,
+    /// Whether the chunk is read for the first time, and so comes from memory.
+    fetch: bool,
 }
 
 impl<E> Problem<'_, E> {
@@ -208,6 +224,26 @@ impl<E: Element> Pages<'_, E> {
         self.problem.keys[at..].as_ptr()
     }
 
+    /// What to ask for while using the `step`th vector of this chunk, keys first, then values: the memory of the vector
+    /// [`AHEAD`] of it, from the next chunk's keys in the end. `instead` where there is nothing to ask for.
+    #[inline(always)]
+    fn ahead(&self, step: usize, instead: *const E) -> *const E {
+        let (shape, count) = (self.problem.shape, self.whole.len());
+        let step = step + AHEAD;
+        let v = self.whole.start + step % count + step / (2 * count) * CHUNK / WIDTH;
+        let end = self.table.len() * shape.block / WIDTH - self.chunk * CHUNK / WIDTH;
+        if !self.fetch || v >= end {
+            instead
+        } else if step / count == 1 {
+            self.values(v)
+        } else {
+            // A block's keys lie together; each vector of positions counts for an equal share of them.
+            let (block, place) = self.find(v);
+            let at = block * shape.key_block() + (self.kv_head * shape.block + place) * shape.head_dim;
+            self.problem.keys[at..].as_ptr()
+        }
+    }
+
     /// Values of the 16 positions of vector `v`, one after the other.
     #[inline(always)]
     fn values(&self, v: usize) -> *const E {
@@ -226,6 +262,7 @@ impl<E: Element> Pages<'_, E> {
 unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
     queries: &[f32],
     keys: [*const E; V],
+    next: *const E,
     block: usize,
     out: &mut [f32],
     v: usize,
@@ -233,6 +270,9 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
     let dim = queries.len() / Q;
     let mut sums = [[L::splat(0.0); V]; Q];
     for d in 0..dim {
+        for line in (0..V * WIDTH * size_of::<E>()).step_by(64) {
+            L::prefetch(next.cast::<u8>().wrapping_add(d * V * WIDTH * size_of::<E>() + line));
+        }
         // SAFETY: the caller's promise; queries are `Q * dim`.
         unsafe {
             let keys: [L; V] = std::array::from_fn(|i| E::load(keys[i].add(d * block)));
@@ -324,7 +364,12 @@ unsafe fn values<L: Lanes, E: Element, const Q: usize, const S: usize>(
         let v = position / WIDTH;
         let end = span.end.min((v + 1) * WIDTH);
         let base = pages.values(v);
+        let next = pages.ahead(pages.whole.len() + v - pages.whole.start, base);
         for p in position..end {
+            for line in (0..S * WIDTH * size_of::<E>()).step_by(64) {
+                let at = ((p - v * WIDTH) * dim + at * WIDTH) * size_of::<E>() + line;
+                L::prefetch(next.cast::<u8>().wrapping_add(at));
+            }
             // SAFETY: the caller's promise; weights are `Q * CHUNK`, and `p < CHUNK`.
             unsafe {
                 let from = base.add((p - v * WIDTH) * dim + at * WIDTH);

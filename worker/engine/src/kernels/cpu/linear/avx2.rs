@@ -28,7 +28,7 @@ const OFFSET: u8 = 1;
 const NESTED: u8 = 2;
 const HALVES: u8 = 3;
 
-const fn layout<const BITS: u32, const SCALES: u8>() -> Layout {
+const fn layout_of<const BITS: u32, const SCALES: u8>() -> Layout {
     let scales = match SCALES {
         PLAIN => Scales::Plain,
         OFFSET => Scales::Offset,
@@ -50,7 +50,7 @@ unsafe fn tile<const BITS: u32, const SCALES: u8>(
     first: usize,
     out: &mut [[f32; LANES]],
 ) {
-    let layout = const { layout::<BITS, SCALES>() };
+    let layout = const { layout_of::<BITS, SCALES>() };
     assert_eq!(group.layout, layout);
     assert!(group.codes.len() >= x.blocks * layout.code_bytes());
     assert!(group.scales.len() >= layout.scale_bytes(x.blocks));
@@ -81,7 +81,7 @@ unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
     first: usize,
     out: &mut [[f32; LANES]],
 ) {
-    let layout = const { layout::<BITS, SCALES>() };
+    let layout = const { layout_of::<BITS, SCALES>() };
     // Eight of the sixteen rows at a time: as many as a vector holds.
     for side in 0..2 {
         let mut sums = [_mm256_setzero_ps(); T];
@@ -210,7 +210,7 @@ unsafe fn block_scales<const BITS: u32, const SCALES: u8>(
     // SAFETY: the caller's promise; offsets are those that `pack` wrote to.
     unsafe {
         let wide = |at: usize| _mm256_cvtph_ps(_mm_loadu_si128(scales.add(at + 16 * side).cast()));
-        let (head, own) = const { layout::<BITS, SCALES>() }.nested(block);
+        let (head, own) = const { layout_of::<BITS, SCALES>() }.nested(block);
         let narrow = |at: usize| _mm_loadl_epi64(scales.add(at + 8 * side).cast());
         match SCALES {
             PLAIN => [wide(block * 32), _mm256_setzero_ps()],

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use super::{Group, Kernel, TILE};
 use crate::kernels::cpu::activations::{Activations, RunScale};
-use crate::kernels::cpu::format::{BLOCK, Layout, Scales};
+use crate::kernels::cpu::format::{BLOCK, Layout, SUPER, Scales};
 use crate::kernels::cpu::pack::LANES;
 
 /// The kernel for a layout.
@@ -25,12 +25,16 @@ pub(super) fn kernel(layout: Layout) -> Kernel {
     }
 }
 
+/// Weights are asked for this many bytes before they are needed: the processor's own prefetching hides a third of the
+/// memory's latency at best. Measured on Zen 5 and Zen 4; too much also runs further into what another thread reads.
+const AHEAD: usize = 12 << 10;
+
 const PLAIN: u8 = 0;
 const OFFSET: u8 = 1;
 const NESTED: u8 = 2;
 const HALVES: u8 = 3;
 
-const fn layout<const BITS: u32, const SCALES: u8>() -> Layout {
+const fn layout_of<const BITS: u32, const SCALES: u8>() -> Layout {
     let scales = match SCALES {
         PLAIN => Scales::Plain,
         OFFSET => Scales::Offset,
@@ -52,7 +56,7 @@ unsafe fn tile<const BITS: u32, const SCALES: u8>(
     first: usize,
     out: &mut [[f32; LANES]],
 ) {
-    let layout = const { layout::<BITS, SCALES>() };
+    let layout = const { layout_of::<BITS, SCALES>() };
     assert_eq!(group.layout, layout);
     assert!(group.codes.len() >= x.blocks * layout.code_bytes());
     assert!(group.scales.len() >= layout.scale_bytes(x.blocks));
@@ -83,12 +87,14 @@ unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
     first: usize,
     out: &mut [[f32; LANES]],
 ) {
-    let layout = const { layout::<BITS, SCALES>() };
+    let layout = const { layout_of::<BITS, SCALES>() };
     let mut sums = [_mm512_setzero_ps(); T];
     for block in 0..x.blocks {
         // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
         unsafe {
-            let weights = unpack::<BITS>(group.codes.as_ptr().add(block * layout.code_bytes()));
+            prefetch::<BITS, SCALES>(group.codes.as_ptr(), block);
+            let codes = group.codes.as_ptr().add(block * layout.code_bytes());
+            let weights = unpack::<BITS>(codes);
             let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block);
             for (t, sum) in sums.iter_mut().enumerate() {
                 let at = (first + t) * x.blocks + block;
@@ -119,11 +125,25 @@ unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
     }
 }
 
+/// Asks for the share of block `block` in the memory that lies [`AHEAD`] of a group: its scales, too, and the next
+/// group's, since groups follow one another.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch<const BITS: u32, const SCALES: u8>(group: *const u8, block: usize) {
+    let layout = const { layout_of::<BITS, SCALES>() };
+    let size = layout.code_bytes() + layout.scale_bytes(SUPER) / SUPER;
+    for line in 0..size.div_ceil(64) {
+        let at = group.wrapping_add(block * size + AHEAD + 64 * line);
+        // SAFETY: asking for memory that is not there does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+}
+
 /// What the codes' bias adds to a dot product of a whole block: minus the bias times the sum of the integers.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn bias<const BITS: u32, const SCALES: u8>(run: &RunScale) -> __m512i {
-    match const { layout::<BITS, SCALES>().bias } {
+    match const { layout_of::<BITS, SCALES>().bias } {
         0 => _mm512_setzero_si512(),
         bias => _mm512_set1_epi32(-bias * run.integer_sum),
     }
@@ -232,7 +252,7 @@ unsafe fn block_scales<const BITS: u32, const SCALES: u8>(scales: *const u8, blo
     // SAFETY: the caller's promise; offsets are those that `pack` wrote to.
     unsafe {
         let wide = |at: usize| _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(at).cast()));
-        let (head, own) = const { layout::<BITS, SCALES>() }.nested(block);
+        let (head, own) = const { layout_of::<BITS, SCALES>() }.nested(block);
         let narrow = |at: usize| _mm_loadu_si128(scales.add(at).cast());
         match SCALES {
             PLAIN => [wide(block * 32), _mm512_setzero_ps()],

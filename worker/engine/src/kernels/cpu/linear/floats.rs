@@ -68,23 +68,41 @@ unsafe fn rows<L: Lanes, W: Stored, const T: usize>(
     out: &mut [[f32; LANES]],
 ) {
     let mut sums = [[L::splat(0.0); CHAINS]; T];
+    let whole = cols / CHAINS * CHAINS;
     // SAFETY: the caller's promise.
-    let mut step = |i: usize, chain: usize| unsafe {
+    unsafe {
+        for i in (0..whole).step_by(CHAINS) {
+            for chain in 0..CHAINS {
+                step::<L, W, T>(weights, x, cols, i + chain, chain, &mut sums);
+            }
+        }
+        for i in whole..cols {
+            step::<L, W, T>(weights, x, cols, i, i - whole, &mut sums);
+        }
+    }
+    for (out, [a, b, c, d]) in out.iter_mut().zip(sums) {
+        *out = a.add(b).add(c.add(d)).to_array();
+    }
+}
+
+/// Adds the products of input `i` to the sums of `chain`.
+///
+/// # Safety
+/// As for [`rows`]; `i < cols`.
+#[inline(always)]
+unsafe fn step<L: Lanes, W: Stored, const T: usize>(
+    weights: *const W,
+    x: &[f32],
+    cols: usize,
+    i: usize,
+    chain: usize,
+    sums: &mut [[L; CHAINS]; T],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
         let weight: L = W::load(weights.add(i * LANES));
         for (t, sums) in sums.iter_mut().enumerate() {
             sums[chain] = weight.mul_add(L::splat(*x.get_unchecked(t * cols + i)), sums[chain]);
         }
-    };
-    let whole = cols / CHAINS * CHAINS;
-    for i in (0..whole).step_by(CHAINS) {
-        for chain in 0..CHAINS {
-            step(i + chain, chain);
-        }
-    }
-    for i in whole..cols {
-        step(i, i - whole);
-    }
-    for (out, [a, b, c, d]) in out.iter_mut().zip(sums) {
-        *out = a.add(b).add(c.add(d)).to_array();
     }
 }
