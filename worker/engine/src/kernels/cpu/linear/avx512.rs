@@ -134,8 +134,8 @@ fn prefetch<const BITS: u32, const SCALES: u8>(group: *const u8, block: usize) {
     let size = layout.code_bytes() + layout.scale_bytes(SUPER) / SUPER;
     for line in 0..size.div_ceil(64) {
         let at = group.wrapping_add(block * size + AHEAD + 64 * line);
-        // SAFETY: asking for memory that is not there does nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        // Asking for memory that is not there does nothing.
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
 }
 
