@@ -1,1 +1,198 @@
-//! Placeholder.
+//! The fleet's side of a worker: takes jobs from the queue, has an engine run them, carries their tokens to the bus and
+//! their ends to the ledger, and only then lets the queue forget them.
+//!
+//! A job's way through it, a module each: `intake` (deliveries arrive), `claim` (may it run here?), `opening` (its log
+//! is opened, the engine gets it), `outbox` (its tokens are written and published), `commit` (its end is made final),
+//! `settle` (its outcome is published, its deliveries are acknowledged). `presence` says that the worker is there and
+//! listens to what it is told; `handover` gives jobs to other workers; `attempt` is a job while it is here.
+
+mod attempt;
+mod claim;
+mod commit;
+mod dead;
+mod handover;
+mod http;
+mod intake;
+mod meter;
+mod opening;
+mod outbox;
+mod outcome;
+mod presence;
+mod replay;
+mod settle;
+mod shared;
+mod tasks;
+mod ticket;
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use stoker_engine::{EchoOptions, Engine, LoadError, LoadOptions, Sink};
+use stoker_shared::config::Config;
+use stoker_shared::job::Lane;
+use stoker_shared::ports::Ports;
+use tracing::info;
+
+use shared::{Served, Shared};
+
+/// How long running jobs that were stopped may take to be handed over, at the end of a drain.
+const HANDOVER_LIMIT: Duration = Duration::from_secs(10);
+
+/// How to make an engine.
+pub enum Model {
+    /// A model's files, run by Burn.
+    Burn(LoadOptions),
+    /// No model: gives prompts back.
+    Echo(EchoOptions),
+}
+
+/// Why a worker does not work.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It was given nothing to serve.
+    #[error("a worker needs at least one model")]
+    NoModel,
+    /// Two of its models have the same name; they would share a queue.
+    #[error("two models are named {0:?}; give one of them another name")]
+    SameName(String),
+    /// A model could not be loaded.
+    #[error("can't load the model: {0}")]
+    Load(#[from] LoadError),
+    /// Its HTTP listener could not be bound.
+    #[error("can't listen on {address}: {source}")]
+    Listen {
+        /// What it should have listened on.
+        address: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// An engine's thread ended. Other workers take its jobs over; this process should end with an error, so that
+    /// whoever watches it starts it anew.
+    #[error("an engine died; the worker has stopped")]
+    EngineDied,
+}
+
+/// A running worker. Dropping it without [`Worker::drain`] stops it as if its process had been killed.
+pub struct Worker {
+    shared: Arc<Shared>,
+    addr: SocketAddr,
+}
+
+impl Worker {
+    /// Loads the models and starts to take jobs. Services that are down are waited for in the background.
+    ///
+    /// # Errors
+    /// If a model can't be loaded or the HTTP port can't be bound.
+    pub async fn start(
+        config: Config,
+        ports: Ports,
+        models: Vec<Model>,
+        metrics: Option<PrometheusHandle>,
+    ) -> Result<Self, Error> {
+        if models.is_empty() {
+            return Err(Error::NoModel);
+        }
+        let (listener, addr) = http::bind(&config.http).await?;
+        let (shared, inboxes) = Shared::new(config, ports);
+        // From here on, an early return drops the worker and thereby ends what was started.
+        let worker = Self { shared: shared.clone(), addr };
+        shared.spawn(http::serve(listener, shared.clone(), metrics));
+        shared.spawn(presence::run(shared.clone()));
+        shared.spawn(opening::run(shared.clone(), inboxes.opening));
+        shared.spawn(outbox::run(shared.clone()));
+        shared.spawn(commit::run(shared.clone(), inboxes.commit));
+
+        let mut names = HashSet::new();
+        for model in models {
+            let engine = load(&shared, model).await?;
+            let name = engine.info().name.clone();
+            if !names.insert(name.clone()) {
+                return Err(Error::SameName(name));
+            }
+            let served = Arc::new(Served::new(engine));
+            shared.serve(served.clone());
+            for lane in Lane::ALL {
+                shared.spawn(intake::run(shared.clone(), served.clone(), lane));
+            }
+        }
+        info!(worker = %shared.id, %addr, models = ?names, "worker started");
+        Ok(worker)
+    }
+
+    /// Its id, new at every start.
+    pub fn id(&self) -> &str {
+        &self.shared.id
+    }
+
+    /// Where its HTTP listener is.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Waits until it should be drained, because the fleet told it so.
+    ///
+    /// # Errors
+    /// If an engine died: nothing runs here any more.
+    pub async fn wait(&self) -> Result<(), Error> {
+        tokio::select! {
+            () = self.shared.told_to_drain.cancelled() => Ok(()),
+            () = self.shared.tasks.killed.cancelled() => match self.shared.has_failed() {
+                true => Err(Error::EngineDied),
+                false => Ok(()),
+            }
+        }
+    }
+
+    /// Ends it cleanly: takes no more jobs, lets those that run go on for `worker.drain_s`, hands over the rest.
+    pub async fn drain(self) {
+        let shared = &self.shared;
+        info!(worker = %shared.id, "draining");
+        shared.draining.cancel();
+        let patience = Duration::from_secs(shared.config.worker.drain_s);
+        if tokio::time::timeout(patience, shared.idle()).await.is_err() {
+            let handed_over = async {
+                loop {
+                    handover::begin(shared, |_| true);
+                    if tokio::time::timeout(Duration::from_millis(200), shared.idle()).await.is_ok() {
+                        break;
+                    }
+                }
+            };
+            let _ = tokio::time::timeout(HANDOVER_LIMIT, handed_over).await;
+        }
+        shared.settled().await;
+        // Ends the consumers, whose deliveries go back, and the announcements, before the presence is withdrawn.
+        shared.tasks.kill().await;
+        presence::retire(shared).await;
+        shared.forget_all().await;
+    }
+
+    /// Stops it as kill -9 would: nothing is finished, handed over or said to anybody. Returns once nothing runs any
+    /// more. For tests.
+    pub async fn abort(self) {
+        self.shared.tasks.kill().await;
+        self.shared.forget_all().await;
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.tasks.killed.cancel();
+    }
+}
+
+/// Loads a model on a thread where it may take its time.
+async fn load(shared: &Arc<Shared>, model: Model) -> Result<Box<dyn Engine>, Error> {
+    let sink: Sink = outbox::sink(shared);
+    let load = move || match model {
+        Model::Burn(options) => stoker_engine::load(options, sink),
+        Model::Echo(options) => Ok(stoker_engine::echo(options, sink)),
+    };
+    match tokio::task::spawn_blocking(load).await {
+        Ok(engine) => Ok(engine?),
+        Err(panic) => Err(LoadError::Backend(format!("loading it panicked: {panic}")).into()),
+    }
+}

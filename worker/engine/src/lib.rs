@@ -7,6 +7,7 @@ mod api;
 mod batch;
 pub mod bench;
 mod detokenize;
+mod echo;
 mod engine;
 pub mod kernels;
 mod kv;
@@ -25,6 +26,7 @@ pub mod weights;
 
 pub use api::*;
 pub use detokenize::Detokenizer;
+pub use echo::echo;
 pub use load::*;
 pub use sampler::{TokenCounts, argmax, sample, uniform};
 pub use stop::StopMatcher;

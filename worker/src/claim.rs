@@ -1,0 +1,262 @@
+//! Decides whether a job may run here: what is final is answered again, what another worker runs is held, what nobody
+//! runs any more is claimed, by compare-and-set on its epoch in the ledger.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use stoker_shared::outcome::{JobError, code};
+use stoker_shared::ports::{Claim, Claimed, JobRow, JobState, Liveness, PortResult};
+use tokio::sync::OwnedSemaphorePermit;
+use tracing::{debug, info, warn};
+
+use crate::attempt::Phase;
+use crate::shared::Shared;
+use crate::tasks::Backoff;
+use crate::ticket::Ticket;
+use crate::{dead, handover, settle};
+
+/// A held job is looked at this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// The first epoch that is claimed; 1 is that of first deliveries of messages marked once.
+const FIRST_CLAIMED: u64 = 2;
+/// From so many deaths on, a job runs alone among suspects;
+const SUSPECT: u32 = 2;
+/// and at so many it is given up.
+const POISON: u32 = 3;
+
+/// What is to be done with a job.
+enum Verdict {
+    /// It is ours.
+    Start { epoch: u64, interruptions: u32, suspect: Option<OwnedSemaphorePermit> },
+    /// It is final; this is its outcome.
+    Done(Bytes),
+    /// Its id belongs to another body.
+    Taken,
+    /// Somebody else runs it, or may; or it has to wait for another suspect.
+    Hold,
+    /// Something changed meanwhile: look again.
+    Again,
+}
+
+/// Who holds an epoch.
+enum Owner {
+    /// Nobody: it was handed over, or is this worker's, which does not run it.
+    Nobody,
+    /// A worker that is there, or may be.
+    Somebody,
+    /// A worker that is gone.
+    Dead,
+}
+
+/// Sees to a job in [`Phase::Claiming`] until it starts here, ends, or is given back. `floor`: an epoch that is known
+/// to be taken.
+pub(crate) async fn run(shared: Arc<Shared>, number: u64, ticket: Arc<Ticket>, is_first: bool, floor: u64) {
+    let delivered = match shared.table().get(number) {
+        Some(attempt) => attempt.delivered,
+        None => return,
+    };
+    let mut look = Look { shared: &shared, ticket: &ticket, floor };
+    let mut optimistic = is_first;
+    let mut backoff = Backoff::new();
+    loop {
+        if shared.draining.is_cancelled() || delivered.elapsed() > handover::LONGEST_ATTEMPT {
+            let attempt = shared.table().remove(number);
+            return handover::give_back(attempt).await;
+        }
+        let verdict = match std::mem::take(&mut optimistic) {
+            true => look.claim_unseen().await,
+            false => look.at_row().await,
+        };
+        match verdict {
+            Ok(Verdict::Start { epoch, interruptions, suspect }) => {
+                return start(&shared, number, epoch, interruptions, suspect);
+            }
+            Ok(Verdict::Done(outcome)) => {
+                debug!(job = %ticket.id, "was final already");
+                if let Some(attempt) = shared.table().remove(number) {
+                    settle::spawn(&shared, vec![settle::Answer::of(attempt, outcome)]);
+                }
+                return;
+            }
+            Ok(Verdict::Taken) => {
+                let waiters = shared.table().remove(number).map(|a| a.waiters).unwrap_or_default();
+                for waiter in waiters {
+                    shared.spawn(dead::taken(shared.clone(), ticket.clone(), waiter));
+                }
+                return;
+            }
+            Ok(Verdict::Again) => continue,
+            Ok(Verdict::Hold) => {
+                backoff.reset();
+                tokio::select! {
+                    () = tokio::time::sleep(LOOK_AGAIN) => {}
+                    () = shared.draining.cancelled() => {}
+                }
+            }
+            Err(error) => {
+                warn!(%error, job = %ticket.id, "can't tell yet whether the job may run here");
+                tokio::select! {
+                    () = backoff.pause() => {}
+                    () = shared.draining.cancelled() => {}
+                }
+            }
+        }
+    }
+}
+
+fn start(
+    shared: &Shared,
+    number: u64,
+    epoch: u64,
+    interruptions: u32,
+    suspect: Option<OwnedSemaphorePermit>,
+) {
+    let mut table = shared.table();
+    let Some(attempt) = table.get(number) else { return };
+    attempt.phase = Phase::Opening;
+    attempt.epoch = epoch;
+    attempt.interruptions = interruptions;
+    attempt.suspect = suspect;
+    if interruptions >= POISON {
+        let message = format!("{interruptions} workers died while they ran this job; it is given up");
+        attempt.doom = Some(JobError::new(code::POISON, message));
+    }
+    let _ = shared.to_open.send(number);
+}
+
+struct Look<'a> {
+    shared: &'a Shared,
+    ticket: &'a Ticket,
+    floor: u64,
+}
+
+impl Look<'_> {
+    /// Claims a job that has probably no history: one round trip where looking first would take two.
+    async fn claim_unseen(&mut self) -> PortResult<Verdict> {
+        // A job from the front door has no row; one that was accepted over HTTP waits in the ledger.
+        let expected = if self.ticket.envelope.front_door { None } else { Some(0) };
+        match self.shared.ports.ledger.claim(&self.claim_of(expected, FIRST_CLAIMED, 0)).await? {
+            Claimed::Won => Ok(Verdict::Start { epoch: FIRST_CLAIMED, interruptions: 0, suspect: None }),
+            Claimed::Lost(row) => self.judge(*row).await,
+            Claimed::Gone => self.judge_without_row().await,
+        }
+    }
+
+    async fn at_row(&mut self) -> PortResult<Verdict> {
+        match self.shared.ports.ledger.find(self.ticket.key()).await? {
+            Some(row) => self.judge(row).await,
+            None => self.judge_without_row().await,
+        }
+    }
+
+    async fn judge(&mut self, row: JobRow) -> PortResult<Verdict> {
+        if !self.ticket.means(&row.body_hash) {
+            return Ok(Verdict::Taken);
+        }
+        if row.state == JobState::Done {
+            return Ok(Verdict::Done(row.outcome.unwrap_or_default()));
+        }
+        let owner = self.owner(row.owner.as_deref()).await?;
+        self.take(owner, Some(row.epoch), row.epoch, row.interruptions).await
+    }
+
+    /// A job without a row: one marked once, whose log says who started it; or one that never started.
+    async fn judge_without_row(&mut self) -> PortResult<Verdict> {
+        let header = self.shared.ports.bus.read_log(self.ticket.key()).await?.map(|log| log.header);
+        let (owner, epoch) = match &header {
+            Some(header) => (self.owner(Some(&header.worker)).await?, header.epoch),
+            None => (Owner::Nobody, 0),
+        };
+        self.take(owner, None, epoch, 0).await
+    }
+
+    async fn owner(&self, worker: Option<&str>) -> PortResult<Owner> {
+        match worker {
+            None => Ok(Owner::Nobody),
+            // It is not running here: this job's place in the table is the caller's.
+            Some(id) if id == self.shared.id => Ok(Owner::Nobody),
+            Some(id) => match self.shared.ports.bus.worker_liveness(id).await? {
+                Liveness::Gone => Ok(Owner::Dead),
+                Liveness::Alive | Liveness::Unknown => Ok(Owner::Somebody),
+            },
+        }
+    }
+
+    /// Claims what nobody holds.
+    async fn take(
+        &mut self,
+        owner: Owner,
+        expected: Option<u64>,
+        epoch: u64,
+        deaths: u32,
+    ) -> PortResult<Verdict> {
+        let interruptions = match owner {
+            Owner::Somebody => return Ok(Verdict::Hold),
+            Owner::Nobody => deaths,
+            Owner::Dead => deaths + 1,
+        };
+        // A suspect that waits for its turn is not claimed: should the other one kill this worker, it is innocent.
+        let suspect = match interruptions {
+            SUSPECT.. => match self.shared.suspects.clone().try_acquire_owned() {
+                Ok(permit) => Some(permit),
+                Err(_) => return Ok(Verdict::Hold),
+            },
+            _ => None,
+        };
+        let epoch = (epoch.max(self.floor) + 1).max(FIRST_CLAIMED);
+        let claim = self.claim_of(expected, epoch, interruptions);
+        match self.shared.ports.ledger.claim(&claim).await? {
+            Claimed::Won => {
+                if matches!(owner, Owner::Dead) {
+                    info!(job = %self.ticket.id, epoch, interruptions, "taking over a dead worker's job");
+                    self.ticket.served.meter.took_over();
+                }
+                Ok(Verdict::Start { epoch, interruptions, suspect })
+            }
+            Claimed::Lost(_) | Claimed::Gone => Ok(Verdict::Again),
+        }
+    }
+
+    fn claim_of(&self, expected: Option<u64>, epoch: u64, interruptions: u32) -> Claim {
+        claim_of(self.shared, self.ticket, expected, epoch, interruptions)
+    }
+}
+
+/// A claim by this worker.
+pub(crate) fn claim_of(
+    shared: &Shared,
+    ticket: &Ticket,
+    expected: Option<u64>,
+    epoch: u64,
+    interruptions: u32,
+) -> Claim {
+    Claim {
+        key: ticket.key(),
+        tenant: ticket.envelope.tenant.clone(),
+        job_id: ticket.id.clone(),
+        body_hash: ticket.envelope.body_hash.clone(),
+        expected,
+        epoch,
+        worker: shared.id.clone(),
+        interruptions,
+        expires_in_s: ticket.row_ttl_s(shared.config.coordinator.job_retention_s),
+    }
+}
+
+/// Another worker holds a newer epoch of this job: it stops here without a word, and is looked after until it is final,
+/// so that its deliveries are acknowledged.
+pub(crate) fn superseded(shared: &Arc<Shared>, number: u64, by: u64) {
+    let mut table = shared.table();
+    let Some(attempt) = table.remove(number) else { return };
+    let ticket = attempt.ticket.clone();
+    info!(job = %ticket.id, epoch = attempt.epoch, by, "superseded");
+    if attempt.submitted {
+        ticket.served.engine.cancel(stoker_engine::SequenceId(number));
+    }
+    let floor = by.max(attempt.epoch);
+    let held = attempt.held_again();
+    let number = table.insert(held);
+    drop(table);
+    shared.spawn(run(shared.clone(), number, ticket, false, floor));
+}

@@ -1,0 +1,194 @@
+//! Opens logs, and gives the engine what is to run.
+//!
+//! Attempts that come while one round trip is under way are opened together in the next: under load a round trip serves
+//! many, and alone none waits.
+
+use std::sync::Arc;
+
+use stoker_engine::{ChatMessage, Priority, Prompt, Request, Sampling, SequenceId};
+use stoker_shared::job::{DEFAULT_TEMPERATURE, Job, Lane};
+use stoker_shared::outcome::FinishReason;
+use stoker_shared::ports::{LogHeader, Opened, Opening};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::attempt::{self, Attempt, Phase};
+use crate::claim;
+use crate::replay::Replay;
+use crate::shared::Shared;
+use crate::tasks::Backoff;
+use crate::ticket::Ticket;
+
+/// Most attempts that are opened in one round trip.
+const BATCH: usize = 256;
+/// A longer body is not tokenized among others, bytes.
+const LONG_BODY: usize = 16 << 10;
+
+/// Opens what is sent to it, as long as the worker lives.
+pub(crate) async fn run(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<u64>) {
+    let mut numbers = Vec::with_capacity(BATCH);
+    let mut backoff = Backoff::new();
+    while inbox.recv_many(&mut numbers, BATCH).await > 0 {
+        loop {
+            let openings = openings(&shared, &mut numbers);
+            match shared.ports.bus.open(&openings).await {
+                Ok(answers) => {
+                    start(&shared, &numbers, answers);
+                    break;
+                }
+                Err(error) => warn!(%error, jobs = numbers.len(), "can't open logs yet"),
+            }
+            backoff.pause().await;
+            while let Ok(number) = inbox.try_recv() {
+                numbers.push(number);
+            }
+        }
+        numbers.clear();
+        backoff.reset();
+    }
+}
+
+/// The openings of the attempts that are still to be opened; forgets the others.
+fn openings(shared: &Shared, numbers: &mut Vec<u64>) -> Vec<Opening> {
+    let mut openings = Vec::with_capacity(numbers.len());
+    let mut table = shared.table();
+    numbers.retain(|number| match table.get(*number) {
+        Some(attempt) if attempt.phase == Phase::Opening => {
+            openings.push(opening_of(shared, attempt));
+            true
+        }
+        _ => false,
+    });
+    openings
+}
+
+/// The opening of an attempt's log, for the first time or again.
+pub(crate) fn opening_of(shared: &Shared, attempt: &Attempt) -> Opening {
+    let ticket = &attempt.ticket;
+    let header = LogHeader {
+        epoch: attempt.epoch,
+        worker: shared.id.clone(),
+        seed: ticket.seed(),
+        revision: ticket.served.info().revision.clone(),
+    };
+    Opening { key: ticket.key(), header, ttl: ticket.log_ttl() }
+}
+
+fn start(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
+    let mut superseded = Vec::new();
+    let mut to_submit = Vec::new();
+    let mut ended = Vec::new();
+    let mut table = shared.table();
+    for (&number, answer) in numbers.iter().zip(answers) {
+        let Some(attempt) = table.get(number).filter(|a| a.phase == Phase::Opening) else { continue };
+        match answer {
+            Opened::Superseded { epoch } => superseded.push((number, epoch)),
+            Opened::Started { frames, cancelled } => {
+                attempt.cancelled |= cancelled;
+                attempt.phase = Phase::Running;
+                attempt.resume(Replay::of(frames));
+                let ticket = &attempt.ticket;
+                ticket.served.meter.started(ticket.lane, ticket.age_ms());
+                end_early(attempt);
+                match attempt.end {
+                    Some(_) => ended.push(number),
+                    None => to_submit.push((number, attempt.ticket.clone(), attempt.ids.clone())),
+                }
+            }
+        }
+    }
+    drop(table);
+    shared.steps.touch(&ended);
+    submit(shared, to_submit);
+    for (number, epoch) in superseded {
+        claim::superseded(shared, number, epoch);
+    }
+}
+
+/// Ends an attempt that must not run.
+fn end_early(attempt: &mut Attempt) {
+    if attempt.end.is_some() {
+        info!(job = %attempt.ticket.id, "its text was whole already: only its end is left to be done");
+    } else if let Some(error) = attempt.doom.take().or_else(|| attempt.ticket.fault.clone()) {
+        attempt.end_now(FinishReason::Error, error, true);
+    } else if attempt.cancelled {
+        attempt.end_now(FinishReason::Cancelled, attempt::cancelled(), false);
+    } else if attempt.ticket.has_expired() {
+        attempt.end_now(FinishReason::Deadline, attempt::expired(), false);
+    }
+}
+
+/// Gives attempts to their engines. An engine tokenizes the prompt on the thread that brings it: long ones go to threads
+/// of their own, so that nobody waits for them.
+fn submit(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>, Vec<u32>)>) {
+    let (long, short): (Vec<_>, Vec<_>) =
+        attempts.into_iter().partition(|(_, t, _)| t.body.len() > LONG_BODY);
+    for (number, ticket, resume) in &short {
+        ticket.served.engine.submit(request(ticket, *number, resume.clone()));
+    }
+    confirm_submitted(shared, short.iter().map(|(number, ticket, _)| (*number, ticket)));
+    for (number, ticket, resume) in long {
+        let shared = shared.clone();
+        tokio::task::spawn_blocking(move || {
+            ticket.served.engine.submit(request(&ticket, number, resume));
+            confirm_submitted(&shared, std::iter::once((number, &ticket)));
+        });
+    }
+}
+
+/// From now on a cancellation is passed to the engine; one that came a moment ago is passed now.
+fn confirm_submitted<'a>(shared: &Shared, submitted: impl Iterator<Item = (u64, &'a Arc<Ticket>)>) {
+    let mut table = shared.table();
+    for (number, ticket) in submitted {
+        let is_wanted = match table.get(number) {
+            Some(attempt) => {
+                attempt.submitted = true;
+                !attempt.cancelled && !attempt.handover
+            }
+            // It was superseded before the engine had it (or has ended: then this changes nothing).
+            None => false,
+        };
+        if !is_wanted {
+            ticket.served.engine.cancel(SequenceId(number));
+        }
+    }
+}
+
+fn request(ticket: &Ticket, number: u64, resume: Vec<u32>) -> Request {
+    let options = &ticket.job.options;
+    let sampling = Sampling {
+        temperature: options.temperature.unwrap_or(DEFAULT_TEMPERATURE) as f32,
+        top_p: options.top_p.unwrap_or(1.0) as f32,
+        top_k: options.top_k.unwrap_or(0),
+        min_p: options.min_p.unwrap_or(0.0) as f32,
+        presence_penalty: options.presence_penalty.unwrap_or(0.0) as f32,
+        frequency_penalty: options.frequency_penalty.unwrap_or(0.0) as f32,
+        seed: ticket.seed(),
+    };
+    Request {
+        id: SequenceId(number),
+        prompt: prompt(&ticket.job),
+        sampling,
+        max_tokens: options.max_tokens.map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
+        stop: options.stop.as_ref().map(|s| s.strings()).unwrap_or_default(),
+        resume,
+        priority: match ticket.lane {
+            Lane::Interactive => Priority::Interactive,
+            Lane::Batch => Priority::Batch,
+        },
+        deadline: ticket.deadline_instant(),
+    }
+}
+
+fn prompt(job: &Job) -> Prompt {
+    match (&job.prompt, &job.messages) {
+        (None, Some(messages)) => {
+            let message = |m: &stoker_shared::job::ChatMessage| ChatMessage {
+                role: m.role.clone(),
+                content: m.content.text(),
+            };
+            Prompt::Chat(messages.iter().map(message).collect())
+        }
+        (prompt, _) => Prompt::Text(prompt.clone().unwrap_or_default()),
+    }
+}

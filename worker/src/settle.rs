@@ -1,0 +1,154 @@
+//! The last of a job: its outcome goes to those who asked for it, then the queue may forget it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use stoker_shared::ports::{Destination, Message, PublishError};
+use tracing::{debug, warn};
+use uuid::Uuid;
+
+use crate::attempt::Attempt;
+use crate::commit::Ended;
+use crate::shared::Shared;
+use crate::tasks::Backoff;
+use crate::ticket::Waiter;
+use crate::{dead, outcome};
+
+/// How long the log of an ended job is kept, for readers that are behind.
+const LOG_AFTER_END: Duration = Duration::from_secs(30);
+/// How often an outcome is sent before it is left to a redelivery, or to those who ask for it.
+const TRIES: u32 = 6;
+
+/// A final job, and who waits for it.
+pub(crate) struct Answer {
+    pub key: Uuid,
+    pub id: String,
+    pub waiters: Vec<Waiter>,
+    pub outcome: Bytes,
+    /// It was given up: it also goes to the feed of dead letters.
+    pub dead: Option<Ended>,
+}
+
+impl Answer {
+    /// To all who wait for an attempt.
+    pub fn of(attempt: Attempt, outcome: Bytes) -> Self {
+        let (key, id) = (attempt.ticket.key(), attempt.ticket.id.clone());
+        Self { key, id, waiters: attempt.waiters, outcome, dead: None }
+    }
+}
+
+/// Answers a batch in the background.
+pub(crate) fn spawn(shared: &Arc<Shared>, answers: Vec<Answer>) {
+    if answers.is_empty() {
+        return;
+    }
+    shared.settling.send_modify(|n| *n += 1);
+    let ours = shared.clone();
+    shared.spawn(async move {
+        settle(&ours, answers).await;
+        ours.settling.send_modify(|n| *n -= 1);
+    });
+}
+
+async fn settle(shared: &Arc<Shared>, answers: Vec<Answer>) {
+    // Most jobs have nobody to publish to: their client reads the token channel. Those are acknowledged first.
+    let (to_publish, silent): (Vec<_>, Vec<_>) = answers.iter().partition(|a| a.wants_outcome());
+    for answer in &silent {
+        acknowledge(answer).await;
+    }
+    futures::future::join_all(to_publish.iter().map(|answer| async {
+        publish(shared, answer).await;
+        acknowledge(answer).await;
+    }))
+    .await;
+    let keys: Vec<_> = answers.iter().map(|a| a.key).collect();
+    if let Err(error) = shared.ports.bus.expire_logs(&keys, LOG_AFTER_END).await {
+        debug!(%error, "logs of ended jobs are kept until their deadlines");
+    }
+}
+
+impl Answer {
+    fn wants_outcome(&self) -> bool {
+        self.dead.is_some() || self.waiters.iter().any(|w| w.front_door || w.reply_to.is_some())
+    }
+}
+
+async fn acknowledge(answer: &Answer) {
+    for waiter in &answer.waiters {
+        if let Err(error) = waiter.receipt.ack().await {
+            debug!(%error, job = %answer.id, "not acknowledged");
+        }
+    }
+}
+
+async fn publish(shared: &Arc<Shared>, answer: &Answer) {
+    let mut sent: Vec<(Destination, &Option<String>)> = Vec::new();
+    for waiter in &answer.waiters {
+        for to in destinations(shared, waiter) {
+            // Several deliveries of one message ask for one answer.
+            if !sent.contains(&(to.clone(), &waiter.correlation_id)) {
+                send(shared, &to, message(&answer.id, answer.outcome.clone(), waiter)).await;
+                sent.push((to, &waiter.correlation_id));
+            }
+        }
+    }
+    if let Some(ended) = &answer.dead {
+        dead::feed(shared, &outcome::dead_letter(shared, ended)).await;
+    }
+}
+
+/// Where a delivery's outcome goes.
+fn destinations(shared: &Shared, waiter: &Waiter) -> Vec<Destination> {
+    let mut all = Vec::new();
+    if waiter.front_door {
+        all.push(Destination::Responses);
+    }
+    if let Some(queue) = waiter.reply_to.as_ref().filter(|q| is_allowed(shared, q)) {
+        all.push(Destination::Reply(queue.clone()));
+    }
+    all
+}
+
+/// Whether a submitter may have its answer there: not in the fleet's own queues.
+fn is_allowed(shared: &Shared, queue: &str) -> bool {
+    !queue.is_empty()
+        && !queue.starts_with(stoker_shared::config::DEFAULT_PREFIX)
+        && !queue.starts_with(&shared.config.services.prefix)
+}
+
+/// Answers one delivery of a message that is no job here.
+pub(crate) async fn answer(shared: &Shared, id: &str, outcome: Bytes, waiter: &Waiter) {
+    for to in destinations(shared, waiter) {
+        send(shared, &to, message(id, outcome.clone(), waiter)).await;
+    }
+}
+
+fn message(id: &str, outcome: Bytes, waiter: &Waiter) -> Message {
+    let traceparent = waiter.traceparent.iter().map(|t| ("traceparent".to_owned(), t.clone()));
+    Message {
+        id: id.to_owned(),
+        body: outcome,
+        correlation_id: waiter.correlation_id.clone(),
+        headers: traceparent.collect(),
+        ..Message::default()
+    }
+}
+
+/// Publishes as best it can: the outcome is in the ledger, and a delivery that could not be answered because the broker
+/// is away comes again.
+pub(crate) async fn send(shared: &Shared, to: &Destination, message: Message) {
+    let mut backoff = Backoff::new();
+    for _ in 0..TRIES {
+        match shared.ports.queue.publish(to, message.clone()).await {
+            Ok(()) => return,
+            Err(PublishError::Port(error)) if error.is_transient() => {
+                debug!(%error, ?to, "not published yet")
+            }
+            Err(PublishError::Unconfirmed) => debug!(?to, "not confirmed yet"),
+            Err(error) => return warn!(%error, ?to, job = %message.id, "not published"),
+        }
+        backoff.pause().await;
+    }
+    warn!(?to, job = %message.id, "not published: the broker did not take it in time");
+}

@@ -1,0 +1,130 @@
+//! What befalls the services: the bus forgets or is away, the ledger is away.
+
+mod common;
+
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use common::reader::Reader;
+use common::*;
+use stoker_shared::job::Lane;
+use stoker_shared::outcome::FinishReason;
+use stoker_shared::ports::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bus_that_lost_its_logs_gets_them_again() {
+    let fleet = Fleet::new().await;
+    let worker = fleet.worker(5).await;
+    let order = Order::once("one two three four", 60);
+    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
+    fleet.publish(&order).await;
+    reader.tokens(order.key(), 10).await;
+    fleet.bus.expire_logs(&[order.key()], Duration::ZERO).await.unwrap();
+    let (text, _) = reader.end(order.key()).await;
+    assert_eq!(text, order.text());
+    let log = fleet.bus.read_log(order.key()).await.unwrap().unwrap();
+    assert_eq!(log.frames.iter().map(|f| f.text.as_str()).collect::<String>(), order.text());
+    fleet.outcome(order.key()).await;
+    fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bus_is_away_for_a_while() {
+    // Steps that are not taken, and steps that are taken although the answer is lost.
+    for deaf in [false, true] {
+        let fleet = Fleet::new().await;
+        fleet.bus.deaf.store(deaf, SeqCst);
+        let worker = fleet.worker(3).await;
+        let orders =
+            [Order::once("one two three four", 100), Order::once("a b", 3), Order::once("late one", 3)];
+        let mut readers = Vec::new();
+        for order in &orders {
+            readers.push(Reader::new(fleet.bus.clone(), order.channel()).await);
+        }
+        fleet.publish(&orders[0]).await;
+        readers[0].tokens(orders[0].key(), 10).await;
+        fleet.publish(&orders[1]).await;
+        fleet.bus.down.store(true, SeqCst);
+        // It lasts until the engine has generated all of it.
+        fleet.publish(&orders[2]).await;
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        assert!(fleet.row(orders[0].key()).await.is_none(), "nothing ends before its last frame is said");
+        fleet.bus.down.store(false, SeqCst);
+        for (order, reader) in orders.iter().zip(&mut readers) {
+            assert_eq!(reader.end(order.key()).await.0, order.text());
+            let (_, outcome) = fleet.outcome(order.key()).await;
+            assert_eq!((outcome.text, outcome.finish_reason), (order.text(), FinishReason::Length));
+        }
+        assert_eq!(fleet.bills().await, 3);
+        fleet.all_acknowledged(vec![worker]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_ledger_is_away_for_a_while() {
+    let fleet = Fleet::new().await;
+    let mut responses = fleet.consume(Source::Responses).await;
+    let worker = fleet.worker(0).await;
+    let mut reader = Reader::new(fleet.bus.clone(), "llm.tokens.c-1").await;
+    let streamed = |mut order: Order| {
+        order.job.stream_to = Some("llm.tokens.c-1".into());
+        order
+    };
+    fleet.ledger.down.store(true, SeqCst);
+    let orders: Vec<_> = (0..20).map(|i| streamed(Order::once(&format!("job {i}"), 10))).collect();
+    for order in &orders {
+        fleet.publish(order).await;
+    }
+    let mut front_door = Order::front_door("f", "one two", 3);
+    front_door.lane = Lane::Batch;
+    fleet.publish(&streamed(front_door.clone())).await;
+    // As many as there are slots end, for their readers too; then intake stops.
+    for order in &orders[..8] {
+        assert_eq!(reader.end(order.key()).await.0, order.text());
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let from = Source::Work { model: MODEL.into(), lane: Lane::Interactive };
+    assert_eq!(fleet.queue.depth(&from).await.unwrap(), Some(12));
+    assert_eq!(fleet.bills().await, 0);
+
+    fleet.ledger.down.store(false, SeqCst);
+    for order in &orders {
+        assert_eq!(reader.end(order.key()).await.0, order.text());
+        assert_eq!(fleet.outcome(order.key()).await.1.text, order.text());
+    }
+    assert_eq!(next(&mut responses).await.body, fleet.outcome(front_door.key()).await.0);
+    assert_eq!(fleet.bills().await, 21);
+    fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn running_streams_go_on_while_the_ledger_is_away() {
+    let fleet = Fleet::new().await;
+    let worker = fleet.worker(5).await;
+    let order = Order::once("one two three", 60);
+    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
+    fleet.publish(&order).await;
+    reader.tokens(order.key(), 3).await;
+    fleet.ledger.down.store(true, SeqCst);
+    assert_eq!(reader.end(order.key()).await.0, order.text());
+    fleet.ledger.down.store(false, SeqCst);
+    fleet.outcome(order.key()).await;
+    fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_takeover_after_the_bus_forgot_everything_begins_again_and_says_the_same() {
+    let fleet = Fleet::new().await;
+    let first = fleet.worker(5).await;
+    let order = Order::once("one two three four", 60);
+    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
+    fleet.publish(&order).await;
+    reader.tokens(order.key(), 10).await;
+    first.abort().await;
+    fleet.bus.expire_logs(&[order.key()], Duration::ZERO).await.unwrap();
+    let second = fleet.worker(5).await;
+    assert_eq!(reader.end(order.key()).await.0, order.text());
+    assert_eq!(fleet.outcome(order.key()).await.1.text, order.text());
+    assert_eq!(fleet.bills().await, 1);
+    fleet.all_acknowledged(vec![second]).await;
+}
