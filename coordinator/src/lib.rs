@@ -30,10 +30,10 @@ use std::time::Duration;
 use axum::serve::ListenerExt;
 use metrics_exporter_prometheus::PrometheusHandle;
 use stoker_shared::config::Config;
-use stoker_shared::ports::Ports;
+use stoker_shared::ports::{Ledger, Ports};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use crate::admission::Admission;
@@ -50,6 +50,8 @@ pub const DEFAULT_PORT: u16 = 8080;
 const START_LIMIT: Duration = Duration::from_secs(5);
 /// Streams that are running when the process is told to end may go on for so long.
 const GOODBYE: Duration = Duration::from_secs(25);
+/// Rows that nobody waits for have so long at the end.
+const LAST_ROWS: Duration = Duration::from_secs(5);
 /// How often recorded metrics are folded together.
 const UPKEEP: Duration = Duration::from_secs(5);
 
@@ -75,6 +77,9 @@ pub struct Coordinator {
     stop: CancellationToken,
     server: JoinHandle<()>,
     tasks: JoinSet<()>,
+    billing: JoinHandle<()>,
+    /// A coordinator that is dropped without a shutdown takes nothing more in, either.
+    _stop: DropGuard,
 }
 
 impl Coordinator {
@@ -92,14 +97,15 @@ impl Coordinator {
         let addr = listener.local_addr().map_err(listen)?;
 
         let mut tasks = JoinSet::new();
-        bring_up_schema(&ports, &mut tasks).await;
+        bring_up_schema(&ports.ledger, &mut tasks).await;
         let (inbox, inbox_tasks) = Inbox::new(&id, ports.clone());
         tasks.spawn(inbox_tasks.run());
         let registry = Registry::new(ports.clone(), &config.coordinator.models);
         registry.refresh().await;
+        registry.declare_new().await;
         tasks.spawn(registry.clone().run());
         let (billing, rows) = Billing::new();
-        tasks.spawn(billing::run(ports.clone(), config.coordinator.store_prompts, rows));
+        let rows = tokio::spawn(billing::run(ports.clone(), config.coordinator.store_prompts, rows));
         let router = Router::new(registry, config.coordinator.strategy);
         let origins = config.http.allowed_origins.clone();
         let admission = Arc::new(Admission::new(&config.coordinator.default_tenant));
@@ -118,7 +124,8 @@ impl Coordinator {
         let app = App { dispatch: dispatch.clone(), admission, metrics, stop: stop.clone() };
         let server = tokio::spawn(serve(listener, http::router(Arc::new(app), &origins), stop.clone()));
         tracing::info!(coordinator = id, %addr, "listening");
-        Ok(Self { id, addr, dispatch, stop, server, tasks })
+        let on_drop = stop.clone().drop_guard();
+        Ok(Self { id, addr, dispatch, stop, server, tasks, billing: rows, _stop: on_drop })
     }
 
     /// Where it listens.
@@ -138,28 +145,34 @@ impl Coordinator {
             tracing::warn!("streams are cut off, they took too long to end");
             self.server.abort();
         }
-        self.tasks.abort_all();
+        self.tasks.shutdown().await;
         if let Err(e) = self.dispatch.ports.bus.retire(&self.id).await {
             tracing::debug!("can't withdraw this coordinator's presence, it will expire: {e}");
+        }
+        // Nobody else can hand in rows now; those that wait are committed.
+        drop(self.dispatch);
+        if tokio::time::timeout(LAST_ROWS, &mut self.billing).await.is_err() {
+            tracing::error!("rows of requests that no worker ran for are lost, the ledger did not take them");
+            self.billing.abort();
         }
     }
 }
 
 /// Brings the schema up to date: now if the ledger is there, else as soon as it is.
-async fn bring_up_schema(ports: &Ports, tasks: &mut JoinSet<()>) {
-    match tokio::time::timeout(START_LIMIT, ports.ledger.migrate()).await {
-        Ok(Ok(())) => return,
-        Ok(Err(e)) => tracing::warn!("can't bring the schema up to date yet: {e}"),
-        Err(_) => tracing::warn!("the ledger does not answer; its schema is brought up to date later"),
-    }
-    let ledger = ports.ledger.clone();
+async fn bring_up_schema(ledger: &Arc<dyn Ledger>, tasks: &mut JoinSet<()>) {
+    let ledger = ledger.clone();
+    let (done, is_done) = tokio::sync::oneshot::channel();
     tasks.spawn(async move {
         let mut backoff = Backoff::new();
         while let Err(e) = ledger.migrate().await {
-            tracing::debug!("can't bring the schema up to date yet: {e}");
+            tracing::warn!("can't bring the schema up to date yet: {e}");
             backoff.wait().await;
         }
+        let _ = done.send(());
     });
+    if tokio::time::timeout(START_LIMIT, is_done).await.is_err() {
+        tracing::warn!("the ledger is not there yet; its schema is brought up to date when it is");
+    }
 }
 
 /// Waits until this coordinator is known and its subscription for tokens stands, but not for ever.

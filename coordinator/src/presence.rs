@@ -1,14 +1,18 @@
-//! Tells the fleet that this coordinator is there, and watches the queues' depths.
+//! Tells the fleet that this coordinator is there, and watches the queues' depths (for Prometheus, and as an event on
+//! `llm.metrics`).
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::gauge;
+use serde_json::{Map, json};
 use stoker_shared::job::Lane;
-use stoker_shared::ports::Source;
+use stoker_shared::ports::{Destination, Message, Source};
 use stoker_shared::telemetry::metric;
+use time::OffsetDateTime;
 
 use crate::dispatch::Dispatch;
+use crate::prepare::rfc3339;
 
 /// How often presence is renewed.
 const RENEW: Duration = Duration::from_secs(1);
@@ -50,6 +54,7 @@ pub async fn watch_depths(dispatch: Arc<Dispatch>) {
                  messages past 10,000 without a word"
             );
         }
+        let mut depths = Map::new();
         for model in dispatch.router.registry.snapshot().models.keys() {
             for lane in Lane::ALL {
                 let source = Source::Work { model: model.to_string(), lane };
@@ -59,8 +64,20 @@ pub async fn watch_depths(dispatch: Arc<Dispatch>) {
                     // Exact up to 2^53 messages.
                     #[allow(clippy::cast_precision_loss)]
                     gauge.set(depth as f64);
+                    depths.insert(format!("{model}.{}", lane.as_str()), depth.into());
                 }
             }
+        }
+        let event = json!({
+            "type": "coordinator",
+            "id": dispatch.id,
+            "timestamp": rfc3339(OffsetDateTime::now_utc()),
+            "waiting": dispatch.inbox.waiting(),
+            "depths": depths,
+        });
+        let message = Message { body: event.to_string().into(), ..Message::default() };
+        if let Err(e) = queue.publish(&Destination::Metrics, message).await {
+            tracing::debug!("an event did not reach llm.metrics: {e}");
         }
     }
 }

@@ -60,14 +60,16 @@ impl Router {
         name: Option<&str>,
         patience: Patience,
     ) -> Result<Arc<Model>, JobError> {
+        let stale =
+            || JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's bus can't be reached; try again");
         if patience == Patience::Connected && snapshot.is_stale() {
-            let message = "the fleet's bus can't be reached; try again";
-            return Err(JobError::new(code::SERVICE_UNAVAILABLE, message));
+            return Err(stale());
         }
         let Some(name) = name else { return self.choose(snapshot, patience) };
         match snapshot.models.get(name) {
             Some(m) if m.takes_jobs() || patience == Patience::Queued => Ok(m.clone()),
             Some(_) => Err(unavailable(format!("no worker serves the model {name:?} now"))),
+            None if snapshot.is_stale() => Err(stale()),
             None if snapshot.models.is_empty() => Err(unavailable("no model is registered yet".into())),
             None => {
                 let message = format!("the model {name:?} does not exist; see GET /v1/models");

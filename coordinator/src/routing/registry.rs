@@ -9,6 +9,10 @@ use stoker_shared::ports::{PRESENCE_PERIOD, PortResult, Ports, ServedModel, Work
 
 /// How often the snapshot is renewed.
 const REFRESH: Duration = Duration::from_secs(1);
+/// The bus has so long to say who is there.
+const LOOK_LIMIT: Duration = Duration::from_secs(2);
+/// The broker has so long to declare a model's queues.
+const DECLARE_LIMIT: Duration = Duration::from_secs(2);
 /// A snapshot that could not be renewed for so long says nothing about who is there.
 const STALE: Duration = Duration::from_secs(5);
 
@@ -123,13 +127,14 @@ impl Registry {
         self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Renews the snapshot each second.
+    /// Renews the snapshot each second, and declares the queues of models that have come new.
     pub async fn run(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(REFRESH);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
             self.refresh().await;
+            self.declare_new().await;
         }
     }
 
@@ -141,10 +146,9 @@ impl Registry {
         if before.renewed.is_some_and(|at| at > asked) {
             return;
         }
-        match tokio::time::timeout(Duration::from_secs(2), self.look()).await {
+        match tokio::time::timeout(LOOK_LIMIT, self.look()).await {
             Ok(Ok((workers, known))) => {
                 let next = Arc::new(merge(&self.configured, &workers, &known, &before));
-                self.declare(&next).await;
                 *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = next;
             }
             Ok(Err(e)) => tracing::warn!("can't ask the bus who is there: {e}"),
@@ -157,29 +161,32 @@ impl Registry {
         tokio::try_join!(bus.workers(), bus.known_models())
     }
 
-    /// Declares the work queues of models that have come new.
-    async fn declare(&self, snapshot: &Snapshot) {
-        for name in snapshot.models.keys() {
-            if self.declared.lock().unwrap_or_else(PoisonError::into_inner).contains(name) {
-                continue;
+    /// Declares the work queues of models that have come new. A job that is faster than this finds no queue, and has it
+    /// declared.
+    pub async fn declare_new(&self) {
+        for name in self.snapshot().models.keys() {
+            let known = self.declared.lock().unwrap_or_else(PoisonError::into_inner).contains(name);
+            if !known && !self.declare_now(name).await {
+                // The broker is away: the others can wait, too.
+                return;
             }
-            self.declare_now(name).await;
         }
     }
 
-    /// Declares one model's work queues, even if that was done before.
-    pub async fn declare_now(&self, name: &Arc<str>) {
-        let declared =
-            tokio::time::timeout(Duration::from_secs(2), self.ports.queue.declare_work(name)).await;
+    /// Declares one model's work queues, even if that was done before; whether it worked.
+    pub async fn declare_now(&self, name: &Arc<str>) -> bool {
+        let declared = tokio::time::timeout(DECLARE_LIMIT, self.ports.queue.declare_work(name)).await;
         match declared {
             Ok(Ok(())) => {
                 self.declared.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+                return true;
             }
             Ok(Err(e)) => tracing::warn!(model = %name, "can't declare the work queues yet: {e}"),
             Err(_) => {
                 tracing::warn!(model = %name, "the broker does not answer; work queues not declared yet")
             }
         }
+        false
     }
 }
 

@@ -11,6 +11,7 @@ use stoker_shared::job::{Job, Lane};
 use stoker_shared::outcome::Outcome;
 use stoker_shared::ports::{Destination, Liveness, LogHeader, Message, Notice, Opening, Ports, Source};
 
+use crate::faults::FaultyBus;
 use crate::fleet::{Fleet, MODEL, config, eventually, ports, take};
 use crate::worker::{TestWorker, echo};
 
@@ -131,6 +132,22 @@ async fn a_fleet_without_models_waits_and_does_not_bury() {
     assert!(ports.ledger.dead_letters(1).await.unwrap().is_empty());
     let _worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
     assert_eq!(outcome(&take(&fleet.ports, &Source::Responses).await).id, "early");
+}
+
+#[tokio::test]
+async fn an_unknown_model_is_not_judged_while_nobody_can_say_who_is_there() {
+    let mut ports = ports().await;
+    let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
+    let bus = FaultyBus::new(ports.bus.clone());
+    bus.set_down(true);
+    ports.bus = bus.clone();
+    let fleet = Fleet::on(ports, config()).await;
+    put(&fleet.ports, json!({ "id": "j1", "prompt": "a", "model": MODEL }).to_string()).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(fleet.ports.ledger.dead_letters(1).await.unwrap().is_empty());
+    bus.set_down(false);
+    assert_eq!(outcome(&take(&fleet.ports, &Source::Responses).await).id, "j1");
+    assert_eq!(worker.started(), 1);
 }
 
 #[tokio::test]

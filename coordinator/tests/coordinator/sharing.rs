@@ -111,3 +111,18 @@ async fn the_last_of_those_who_joined_cancels_and_nobody_before() {
     eventually("the job is cancelled", || async { worker.cancelled.lock().unwrap().len() == 1 }).await;
     assert_eq!(worker.started(), 1);
 }
+
+#[tokio::test]
+async fn rows_are_not_lost_at_a_clean_end() {
+    let (fleet, _worker) = Fleet::echoing().await;
+    for user in ["ann", "ben"] {
+        assert_eq!(fleet.post("/v1/chat/completions", greedy("a", user)).await.status(), 200);
+        eventually("the answer is kept", || async {
+            fleet.ports.ledger.usage("default", None, 3600).await.unwrap().request_count >= 1
+        })
+        .await;
+    }
+    fleet.coordinator.shutdown().await;
+    let usage = fleet.ports.ledger.usage("default", Some("ben"), 3600).await.unwrap();
+    assert_eq!(usage.request_count, 1);
+}
