@@ -22,8 +22,8 @@ pub enum Route {
 impl Route {
     fn id(self, ticket: &Ticket) -> String {
         match self {
-            Self::Chat => format!("chatcmpl-{}", ticket.key.simple()),
-            Self::Completion => format!("cmpl-{}", ticket.key.simple()),
+            Self::Chat => format!("chatcmpl-{}", ticket.key),
+            Self::Completion => format!("cmpl-{}", ticket.key),
         }
     }
 }
