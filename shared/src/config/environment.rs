@@ -20,6 +20,9 @@ const COMMON: [(&str, &str); 6] = [
 /// What our own variables start with.
 pub(super) const PREFIX: &str = "STOKER_";
 
+/// Variables that commands read themselves: which file to load, and where a coordinator is.
+const OF_COMMANDS: [&str; 2] = ["STOKER_CONFIG", "STOKER_URL"];
+
 /// This process's variables, without those that are not Unicode: none of ours is.
 pub fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os()
@@ -103,9 +106,9 @@ pub(super) fn apply(base: Config, variables: &Variables, known: &Known) -> Resul
     for (name, value) in &variables.set {
         match ours.get(name) {
             Some(key) => config.set(name, value.trim(), key)?,
-            None if name == "STOKER_CONFIG" || !name.starts_with(PREFIX) => {}
+            None if OF_COMMANDS.contains(&name.as_str()) || !name.starts_with(PREFIX) => {}
             None => {
-                let names = ours.keys().map(String::as_str).chain(["STOKER_CONFIG", "PORT"]);
+                let names = ours.keys().map(String::as_str).chain(OF_COMMANDS).chain(["PORT"]);
                 let nearest = names.min_by_key(|known| strsim::osa_distance(name, known));
                 let nearest = nearest.unwrap_or_default().to_owned();
                 return Err(ConfigError::UnknownVariable { name: name.clone(), nearest });
