@@ -1,2 +1,105 @@
-//! Placeholder.
-fn main() {}
+//! `stoker`: the command people run. It parses, builds and runs; what there is to decide is decided elsewhere.
+
+mod ask;
+mod dead;
+mod fleet;
+mod http;
+mod job;
+mod model;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use stoker_shared::config::{self, Config};
+use stoker_shared::telemetry;
+
+/// A durable queue in front of live token streams: a fleet of workers that serve language models.
+///
+/// Without a command: starts the whole fleet in this process, asks it one question, and keeps serving.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    /// Configuration file (TOML); the environment wins over it.
+    #[arg(long, global = true, env = "STOKER_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The whole fleet in one process: no RabbitMQ, Redis or Postgres needed.
+    Up(fleet::UpArgs),
+    /// A coordinator: HTTP in, jobs to RabbitMQ, tokens back.
+    Coordinator(fleet::CoordinatorArgs),
+    /// A worker: runs models, takes jobs from RabbitMQ.
+    Worker(fleet::WorkerArgs),
+    /// Fetch, list and inspect models.
+    #[command(subcommand)]
+    Model(model::ModelCommand),
+    /// Submit, show, watch and cancel jobs; list dead letters.
+    #[command(subcommand)]
+    Job(job::JobCommand),
+    /// Bring the database schema up to date.
+    Migrate,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("stoker: cannot start: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("stoker: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<()> {
+    let mut config = Config::load(cli.config.as_deref(), config::environment())?;
+    telemetry::init_logs(&config.log);
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    match cli.command {
+        None => fleet::up(config, fleet::UpArgs::first_run()).await,
+        Some(Command::Up(args)) => fleet::up(config, args).await,
+        Some(Command::Coordinator(args)) => {
+            args.apply(&mut config);
+            fleet::coordinator(config).await
+        }
+        Some(Command::Worker(args)) => {
+            args.apply(&mut config);
+            fleet::worker(config).await
+        }
+        Some(Command::Model(command)) => model::run(command, &config).await,
+        Some(Command::Job(command)) => job::run(command, &config).await,
+        Some(Command::Migrate) => migrate(&config).await,
+    }
+}
+
+async fn migrate(config: &Config) -> Result<()> {
+    let ledger = stoker_shared::postgres::PostgresLedger::connect(&config.services).await?;
+    stoker_shared::ports::Ledger::migrate(&ledger)
+        .await
+        .with_context(|| format!("cannot migrate {}", redact(&config.services.postgres_url)))?;
+    println!("the schema is up to date");
+    Ok(())
+}
+
+/// A service's address without its password.
+fn redact(url: &str) -> String {
+    match (url.find("://"), url.rfind('@')) {
+        (Some(scheme), Some(at)) if scheme + 3 < at => format!("{}://…{}", &url[..scheme], &url[at..]),
+        _ => url.to_owned(),
+    }
+}

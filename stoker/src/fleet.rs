@@ -1,0 +1,308 @@
+//! `stoker up`, `stoker coordinator`, `stoker worker`: builds the parts, and runs them until told to stop.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use stoker_coordinator::Coordinator;
+use stoker_engine::{BackendKind, EchoOptions, LoadOptions};
+use stoker_shared::config::{BackendChoice, Config, EngineChoice};
+use stoker_shared::ports::Ports;
+use stoker_shared::telemetry;
+use stoker_worker::{Model, Worker};
+
+use crate::{ask, model};
+
+/// Most echo jobs that run together unless `--slots` says otherwise.
+const ECHO_SLOTS: u32 = 256;
+/// What the first run asks.
+const FIRST_QUESTION: &str = "What is the capital of France?";
+
+/// `stoker up`
+#[derive(Debug, Default, Args)]
+pub struct UpArgs {
+    /// Use RabbitMQ, Redis and Postgres instead of the embedded ports.
+    #[arg(long)]
+    real: bool,
+    /// Ask this once the fleet is up, and print the answer as it comes.
+    #[arg(long, value_name = "QUESTION")]
+    ask: Option<String>,
+    /// HTTP port.
+    #[arg(long)]
+    port: Option<u16>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+impl UpArgs {
+    /// What `stoker` without a command does.
+    pub fn first_run() -> Self {
+        Self { ask: Some(FIRST_QUESTION.into()), ..Self::default() }
+    }
+}
+
+/// `stoker coordinator`
+#[derive(Debug, Args)]
+pub struct CoordinatorArgs {
+    /// HTTP port; 0: any free one.
+    #[arg(long)]
+    port: Option<u16>,
+}
+
+impl CoordinatorArgs {
+    /// Flags win over the configuration.
+    pub fn apply(&self, config: &mut Config) {
+        config.http.port = self.port.or(config.http.port);
+    }
+}
+
+/// `stoker worker`
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// HTTP port of /healthz and /metrics; 0: any free one.
+    #[arg(long)]
+    port: Option<u16>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+impl WorkerArgs {
+    /// Flags win over the configuration.
+    pub fn apply(&self, config: &mut Config) {
+        config.http.port = self.port.or(config.http.port);
+        self.serve.apply(config);
+    }
+}
+
+/// What a worker serves, and how.
+#[derive(Debug, Default, Args)]
+struct ServeArgs {
+    /// A model's file, folder or name (repeatable; default: SmolLM2-135M-Instruct). With the echo engine: a name.
+    #[arg(long = "model", value_name = "FILE|NAME")]
+    models: Vec<String>,
+    /// Where models run (default: the best there is).
+    #[arg(long, value_enum)]
+    backend: Option<Backend>,
+    /// Most jobs that decode together, per model.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    slots: Option<u32>,
+    /// CPU threads (default: all cores).
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// What runs the jobs: models on Burn, or an echo that needs none.
+    #[arg(long, value_enum)]
+    engine: Option<EngineName>,
+    /// Echo: tokens per job that names no limit.
+    #[arg(long)]
+    echo_tokens: Option<u32>,
+    /// Echo: milliseconds between tokens.
+    #[arg(long)]
+    echo_delay_ms: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Backend {
+    Cpu,
+    Wgpu,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum EngineName {
+    Burn,
+    Echo,
+}
+
+impl ServeArgs {
+    fn apply(&self, config: &mut Config) {
+        let w = &mut config.worker;
+        if !self.models.is_empty() {
+            w.models.clone_from(&self.models);
+        }
+        let backend = self.backend.map(|b| match b {
+            Backend::Cpu => BackendChoice::Cpu,
+            Backend::Wgpu => BackendChoice::Wgpu,
+            Backend::Cuda => BackendChoice::Cuda,
+        });
+        w.backend = backend.or(w.backend);
+        w.slots = self.slots.or(w.slots);
+        w.threads = self.threads.or(w.threads);
+        match self.engine {
+            Some(EngineName::Echo) => w.engine = EngineChoice::Echo,
+            Some(EngineName::Burn) => w.engine = EngineChoice::Burn,
+            None => {}
+        }
+        w.echo_tokens = self.echo_tokens.unwrap_or(w.echo_tokens);
+        w.echo_delay_ms = self.echo_delay_ms.unwrap_or(w.echo_delay_ms);
+    }
+}
+
+/// The whole fleet in one process.
+pub async fn up(mut config: Config, args: UpArgs) -> Result<()> {
+    args.serve.apply(&mut config);
+    config.http.port = args.port.or(config.http.port);
+    let ports = if args.real {
+        stoker_shared::connect(&config.services).await?
+    } else {
+        let file = embedded_file(&config)?;
+        stoker_shared::embedded::ports(Some(&file))
+            .with_context(|| format!("cannot open {}", file.display()))?
+    };
+    let models = models(&config).await?;
+    migrate(&ports).await?;
+    let metrics = telemetry::init_metrics();
+    let coordinator = Coordinator::start(config.clone(), ports.clone(), Some(metrics)).await?;
+    let addr = coordinator.addr();
+    // The worker's own pages would say the same as the coordinator's: any port will do.
+    config.http.port = Some(0);
+    config.http.host = "127.0.0.1".into();
+    let worker = Worker::start(config.clone(), ports, models, None).await?;
+    let url = format!("http://localhost:{}", addr.port());
+    if let Some(question) = args.ask {
+        ask::ask(&url, &question).await?;
+    }
+    ask::say_how_to_call(&url);
+    let failed = tokio::select! {
+        r = stop_signal() => r.err(),
+        r = worker.wait() => r.err().map(Into::into),
+    };
+    worker.drain().await;
+    coordinator.shutdown().await;
+    failed.map_or(Ok(()), Err)
+}
+
+/// The process's SQLite file. The lock that the ledger takes on it keeps a second fleet away.
+fn embedded_file(config: &Config) -> Result<PathBuf> {
+    let folder = config.data_dir();
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    Ok(folder.join("stoker.db"))
+}
+
+/// A coordinator on the real services.
+pub async fn coordinator(config: Config) -> Result<()> {
+    let ports = stoker_shared::connect(&config.services).await?;
+    migrate_when_there(&ports);
+    let coordinator = Coordinator::start(config, ports, Some(telemetry::init_metrics())).await?;
+    tracing::info!("coordinator {} listens on {}", coordinator.id(), coordinator.addr());
+    stop_signal().await?;
+    coordinator.shutdown().await;
+    Ok(())
+}
+
+/// A worker on the real services.
+pub async fn worker(config: Config) -> Result<()> {
+    let ports = stoker_shared::connect(&config.services).await?;
+    let models = models(&config).await?;
+    migrate_when_there(&ports);
+    let worker = Worker::start(config, ports, models, Some(telemetry::init_metrics())).await?;
+    tracing::info!("worker {} serves; its probes and metrics are on {}", worker.id(), worker.addr());
+    let failed = tokio::select! {
+        r = stop_signal() => r.err(),
+        r = worker.wait() => r.err().map(Into::into),
+    };
+    worker.drain().await;
+    failed.map_or(Ok(()), Err)
+}
+
+async fn migrate(ports: &Ports) -> Result<()> {
+    ports.ledger.migrate().await.context("cannot bring the database schema up to date")
+}
+
+/// Migrates as soon as the database can be reached: a fleet may start before its services.
+fn migrate_when_there(ports: &Ports) {
+    let ledger = ports.ledger.clone();
+    tokio::spawn(async move {
+        let mut pause = Duration::from_millis(200);
+        while let Err(e) = ledger.migrate().await {
+            tracing::warn!("cannot bring the database schema up to date yet: {e}");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(10));
+        }
+    });
+}
+
+/// What the worker is to run.
+async fn models(config: &Config) -> Result<Vec<Model>> {
+    let w = &config.worker;
+    if w.engine == EngineChoice::Echo {
+        let names = if w.models.is_empty() { vec!["echo".to_owned()] } else { w.models.clone() };
+        let echo = |name| {
+            Model::Echo(EchoOptions {
+                name,
+                tokens: w.echo_tokens,
+                delay: Duration::from_millis(w.echo_delay_ms),
+                slots: w.slots.unwrap_or(ECHO_SLOTS),
+            })
+        };
+        return Ok(names.into_iter().map(echo).collect());
+    }
+    let mut paths = Vec::new();
+    for name in &w.models {
+        paths.push(model::resolve(name, config).await?);
+    }
+    if paths.is_empty() {
+        paths.push(model::default(config).await?);
+    }
+    Ok(paths.into_iter().map(|path| Model::Burn(load_options(path, config))).collect())
+}
+
+fn load_options(path: PathBuf, config: &Config) -> LoadOptions {
+    let name = model::catalogue::MODELS
+        .iter()
+        .find(|m| path.file_name().is_some_and(|f| f == m.file))
+        .map(|m| m.name.to_owned())
+        .or_else(|| file_stem(&path));
+    let bar = model::pull::progress(0, "loading");
+    LoadOptions {
+        name,
+        backend: config.worker.backend.map(backend),
+        slots: config.worker.slots,
+        threads: config.worker.threads,
+        context: None,
+        kv_positions: None,
+        progress: Some(Box::new(move |done, all| {
+            bar.set_length(all);
+            bar.set_position(done);
+            if done >= all {
+                bar.finish_and_clear();
+            }
+        })),
+        path,
+    }
+}
+
+/// Models are served under the name of their file or folder.
+fn file_stem(path: &Path) -> Option<String> {
+    let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    name.map(|n| n.to_string_lossy().into_owned())
+}
+
+/// The engine's word for a configured backend.
+pub fn backend(choice: BackendChoice) -> BackendKind {
+    match choice {
+        BackendChoice::Cpu => BackendKind::Cpu,
+        BackendChoice::Wgpu => BackendKind::Wgpu,
+        BackendChoice::Cuda => BackendKind::Cuda,
+    }
+}
+
+/// Waits for SIGTERM or SIGINT. A second one ends the process at once.
+async fn stop_signal() -> Result<()> {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut term = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+        let mut int = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        tracing::info!("stopping: running jobs are finished or handed over (again: at once)");
+        tokio::spawn(async move {
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+            std::process::exit(130);
+        });
+        Ok(())
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await.context("cannot listen for Ctrl-C")
+}

@@ -1,0 +1,154 @@
+//! Whole fleets of real processes on the real services: what a client sees when processes die under it.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Fleet, Services, Streaming, client, echo, eventually};
+use serde_json::json;
+
+const SLOW: &[&str] = &["--engine", "echo", "--echo-delay-ms", "20"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_goes_unnoticed_but_for_a_pause() {
+    let mut fleet = Fleet::new(Services::configured()).await;
+    let url = fleet.coordinator().await;
+    let first = fleet.worker(SLOW).await;
+    let prompt = "one two three four five six seven";
+    let mut stream = Streaming::chat(&url, "echo", prompt, 200).await;
+    stream.read(100).await;
+    fleet.worker(SLOW).await;
+    let at_death = stream.text.len();
+    fleet.kill(first);
+    stream.finish().await;
+    assert!(at_death < stream.text.len(), "the kill came in the middle");
+    assert!(stream.done, "{}\n{}", stream.error, fleet.logs());
+    assert_eq!(stream.text, echo(prompt, 200));
+    let sql = format!(
+        "SELECT count(*) AS rows, max(attempts) AS attempts FROM llm_requests WHERE job_id = '{}'",
+        stream.id
+    );
+    fleet.row_becomes(&sql, json!({"rows": 1, "attempts": 2})).await;
+    fleet.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_goes_on_where_the_killed_worker_stopped() {
+    let mut fleet = Fleet::new(Services::configured()).await;
+    let url = fleet.coordinator().await;
+    let model = "SmolLM2-135M-Instruct";
+    let first = fleet.worker(&["--threads", "1"]).await;
+    let prompt = "Write a long story about a lighthouse keeper.";
+    let mut whole = Streaming::chat(&url, model, prompt, 150).await;
+    whole.finish().await;
+    let mut stream = Streaming::chat(&url, model, prompt, 150).await;
+    stream.read(40).await;
+    // Stopped, it can't finish before its successor is up.
+    fleet.pause(first);
+    fleet.worker(&["--threads", "1"]).await;
+    fleet.kill(first);
+    stream.finish().await;
+    assert!(stream.done, "{}\n{}", stream.error, fleet.logs());
+    assert_eq!(stream.text, whole.text);
+    fleet.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_told_to_stop_hands_over() {
+    let mut fleet = Fleet::new(Services::configured()).await;
+    let url = fleet.coordinator().await;
+    let first = fleet.worker(&["--engine", "echo", "--echo-delay-ms", "50"]).await;
+    let prompt = "alpha beta gamma";
+    let mut stream = Streaming::chat(&url, "echo", prompt, 1000).await;
+    stream.read(50).await;
+    let second = fleet.worker(&["--engine", "echo", "--echo-delay-ms", "1"]).await;
+    assert!(fleet.terminate(first).await, "{}", fleet.logs());
+    stream.finish().await;
+    assert_eq!(stream.text, echo(prompt, 1000), "{}", fleet.logs());
+    assert!(fleet.alive(second));
+    fleet.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_cancels_its_job() {
+    let mut fleet = Fleet::new(Services::configured()).await;
+    let url = fleet.coordinator().await;
+    fleet.worker(SLOW).await;
+    let mut stream = Streaming::chat(&url, "echo", "going away", 1000).await;
+    stream.read(30).await;
+    let id = stream.id.clone();
+    drop(stream);
+    let sql = format!(
+        "SELECT count(*) AS rows, max(finish_reason) AS reason FROM llm_requests WHERE job_id = '{id}'"
+    );
+    fleet.row_becomes(&sql, json!({"rows": 1, "reason": "cancelled"})).await;
+    fleet.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_job_is_lost_while_workers_are_killed_under_load() {
+    const CLIENTS: usize = 16;
+    const JOBS: usize = 12;
+    let mut fleet = Fleet::new(Services::configured()).await;
+    let urls = [fleet.coordinator().await, fleet.coordinator().await];
+    let args = &["--engine", "echo", "--echo-delay-ms", "3"];
+    let mut workers = Vec::new();
+    for _ in 0..3 {
+        workers.push(fleet.worker(args).await);
+    }
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|c| {
+            let url = urls[c % 2].clone();
+            tokio::spawn(async move {
+                for j in 0..JOBS {
+                    let prompt = format!("{c}a{j} {c}b{j} {c}c{j} {c}d{j}");
+                    let mut stream = Streaming::chat(&url, "echo", &prompt, 100).await;
+                    stream.finish().await;
+                    assert!(stream.done, "{}", stream.error);
+                    assert_eq!(stream.text, echo(&prompt, 100));
+                }
+            })
+        })
+        .collect();
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        let victim = workers.remove(0);
+        fleet.kill(victim);
+        workers.push(fleet.worker(args).await);
+    }
+    for client in clients {
+        if let Err(e) = client.await {
+            panic!("{e}\n{}", fleet.logs());
+        }
+    }
+    let sql = "SELECT count(*) AS rows, count(DISTINCT job_key) AS jobs, count(*) FILTER (WHERE error_code IS NOT NULL) AS failed FROM llm_requests";
+    fleet.row_becomes(sql, json!({"rows": CLIENTS * JOBS, "jobs": CLIENTS * JOBS, "failed": 0})).await;
+    fleet.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_asynchronous_job_outlives_everybody() {
+    let mut fleet = Fleet::new(Services::configured()).await;
+    let url = fleet.coordinator().await;
+    let worker = fleet.worker(SLOW).await;
+    let body = json!({"model": "echo", "prompt": "come what may", "options": {"maxTokens": 100}});
+    let accepted = client().post(format!("{url}/v1/jobs")).json(&body).send().await.expect("an answer");
+    assert_eq!(accepted.status(), 202);
+    let id =
+        accepted.json::<serde_json::Value>().await.expect("JSON")["id"].as_str().expect("an id").to_owned();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    fleet.kill(worker);
+    let other = fleet.coordinator().await;
+    fleet.worker(SLOW).await;
+    let mut text = String::new();
+    let done = eventually(Duration::from_secs(30), async || {
+        let job = client().get(format!("{other}/v1/jobs/{id}")).send().await.expect("an answer");
+        let job: serde_json::Value = job.json().await.expect("JSON");
+        let outcome = if job["outcome"].is_object() { job["outcome"].clone() } else { job };
+        text = outcome["text"].as_str().unwrap_or_default().to_owned();
+        outcome["success"] == true
+    });
+    assert!(done.await, "{}", fleet.logs());
+    assert_eq!(text, echo("come what may", 100));
+    fleet.end().await;
+}
