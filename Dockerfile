@@ -1,0 +1,14 @@
+FROM rust:1.95-bookworm AS build
+WORKDIR /src
+COPY . .
+RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
+    cargo build --release -p stoker && cp target/release/stoker /stoker
+
+FROM debian:bookworm-slim
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 stoker && mkdir /data && chown stoker /data
+COPY --from=build /stoker /usr/local/bin/stoker
+USER stoker
+ENV STOKER_DATA_DIR=/data
+EXPOSE 8080
+ENTRYPOINT ["stoker"]

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Formatting, lints, and that the GPU backends still build.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cargo fmt --all --check
+cargo clippy --workspace --all-targets -- -D warnings
+cargo check -p stoker --features wgpu,cuda
