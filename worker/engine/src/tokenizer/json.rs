@@ -27,7 +27,7 @@ pub(crate) fn from_json(bytes: &[u8], special: &Special, limit: usize) -> Result
         return Err(Fault::Unsupported("tokenizer.json: a prefix for words' continuations".into()));
     }
     let within = |token: &Value| token["id"].as_u64().is_some_and(|id| id < limit as u64);
-    if let Some(added) = json["added_tokens"].as_array_mut() {
+    if let Some(added) = json.get_mut("added_tokens").and_then(Value::as_array_mut) {
         added.retain(within);
     }
     let byte_level = mentions(&json["decoder"], "ByteLevel");
