@@ -5,14 +5,23 @@
 //! is in the batch, on who continues it, or on how many numbers were drawn before.
 //!
 //! Vocabularies have 50,000 to 260,000 entries and every token of every sequence passes here. So nothing is sorted but
-//! a sliver: probabilities are counted into buckets by their leading bits, which tells within which bucket the limit of
-//! the `k` likeliest or of the nucleus lies, and only that bucket is put in order. Everything works in place, and the
-//! long loops are plain enough for the compiler to vectorise. They use additions and multiplications only, in a fixed
-//! order, so the same logits give the same token on every machine.
+//! a sliver. Mostly the `k` likeliest, or the nucleus, are few and lie above some small share of the likeliest: a few quick
+//! passes find it, and what is above it is sorted. Where they are many, probabilities are counted into buckets by their
+//! leading bits, which tells in which bucket the limit lies, and that one is sorted. Everything works in place, and the long
+//! loops are vectorised ([`lanes`]). They use the same operations in the same order everywhere, so the same logits give
+//! the same token on every machine.
+
+mod lanes;
+mod random;
 
 use std::collections::HashMap;
 
+pub use random::uniform;
+
 use crate::Sampling;
+
+/// Values that are summed at once: short enough for sums in single precision.
+const BLOCK: usize = 1024;
 
 /// How often each token was generated so far.
 #[derive(Clone, Debug, Default)]
@@ -41,14 +50,14 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling, counts: &TokenCounts, pos
         return likeliest;
     }
     let weights = logits;
-    to_weights(weights, max, sampling.temperature);
+    lanes::to_weights(weights, max, sampling.temperature);
     if sampling.top_k > 0 && (sampling.top_k as usize) < weights.len() {
         let k = u64::from(sampling.top_k);
         keep_likeliest(weights, |count, _, _| count >= k);
     }
     if sampling.min_p > 0.0 {
         // The likeliest has weight 1.
-        weights.iter_mut().for_each(|w| *w = if *w < sampling.min_p { 0.0 } else { *w });
+        lanes::zero_below(weights, sampling.min_p);
     }
     if sampling.top_p < 1.0 {
         let p = f64::from(sampling.top_p);
@@ -71,10 +80,9 @@ fn penalise(logits: &mut [f32], sampling: &Sampling, counts: &TokenCounts) {
 
 /// The index of the greatest logit, the first of several; 0 if there is none.
 pub fn argmax(logits: &[f32]) -> u32 {
-    const BLOCK: usize = 1024;
     let (mut best, mut block) = (f32::NEG_INFINITY, 0);
     for (i, values) in logits.chunks(BLOCK).enumerate() {
-        let max = max(values);
+        let max = lanes::max(values);
         if max > best {
             (best, block) = (max, i);
         }
@@ -84,85 +92,72 @@ pub fn argmax(logits: &[f32]) -> u32 {
     found.map_or(0, |i| (start + i) as u32)
 }
 
-/// The greatest value, in lanes that the compiler can put side by side; what is no number does not count.
-fn max(values: &[f32]) -> f32 {
-    let greater = |a: f32, b: f32| if b > a { b } else { a };
-    let (lanes, rest) = values.as_chunks::<16>();
-    let mut best = [f32::NEG_INFINITY; 16];
-    for lane in lanes {
-        for (b, x) in best.iter_mut().zip(lane) {
-            *b = greater(*b, *x);
-        }
-    }
-    best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| greater(a, *b))
-}
-
-/// Logits to probabilities, up to a common factor: the likeliest gets 1.
-fn to_weights(logits: &mut [f32], max: f32, temperature: f32) {
-    for x in logits {
-        *x = exp((*x - max) / temperature);
-    }
-}
-
-/// `e^x` for `x ≤ 0`, within 2 units in the last place; 0 where the result would be below the normal numbers, and for
-/// what is no number. Branchless: `2^n` by the exponent's bits, times a Taylor polynomial on half an octave around 1.
-fn exp(x: f32) -> f32 {
-    const LOWEST: f32 = -87.0;
-    // Adding it leaves no bits for a fraction: the sum is rounded to a whole number.
-    const ROUND: f32 = 12_582_912.0;
-    // The logarithm of 2 in two parts, the first with so few bits that its multiples are exact.
-    const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4);
-    let clamped = if x > LOWEST { x } else { LOWEST };
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = clamped - n * LN_2.0 - n * LN_2.1;
-    let mut y = 1.0 / 5040.0;
-    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        y = y * r + c;
-    }
-    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
-    if x > LOWEST { y * scale } else { 0.0 }
-}
-
-/// A weight's bucket: exponent and three bits of fraction, so that buckets are in the weights' order.
-fn bucket(weight: f32) -> usize {
-    (weight.to_bits() >> 20) as usize
-}
-
 /// Zeroes all but the likeliest: as few as make `enough(count, their mass, mass of all)` true.
 fn keep_likeliest(weights: &mut [f32], enough: impl Fn(u64, f64, f64) -> bool) {
+    /// Shares of the likeliest above which the limit is looked for.
+    const LEAST: [f32; 4] = [1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0, 1.0 / 65536.0];
+    /// More than these are not sorted.
+    const FEW: u64 = 2048;
+    let total: f64 = weights.chunks(BLOCK).map(lanes::sum).sum();
+    for least in LEAST {
+        let (mut count, mut mass) = (0, 0.0);
+        for block in weights.chunks(BLOCK) {
+            let (n, sum) = lanes::count_and_sum(block, least);
+            (count, mass) = (count + n, mass + sum);
+        }
+        if count > FEW {
+            break;
+        }
+        if enough(count, mass, total) {
+            let few: Vec<_> = entries(weights).filter(|(w, _)| *w >= least).collect();
+            weights.fill(0.0);
+            return restore(weights, few, (0, 0.0), |count, mass| enough(count, mass, total));
+        }
+    }
+    keep_likeliest_by_bucket(weights, |count, mass| enough(count, mass, total));
+}
+
+/// The same for many.
+fn keep_likeliest_by_bucket(weights: &mut [f32], enough: impl Fn(u64, f64) -> bool) {
+    // Exponent and three bits of fraction: buckets are in the weights' order. Weights are at most 1, but for a last bit.
     const BUCKETS: usize = (1.0f32.to_bits() >> 20) as usize + 1;
+    let bucket = |weight: f32| ((weight.to_bits() >> 20) as usize).min(BUCKETS - 1);
     let mut buckets = [(0u64, 0f64); BUCKETS];
     for &w in weights.iter() {
-        // Weights are at most 1, but for a last bit.
-        let b = &mut buckets[bucket(w).min(BUCKETS - 1)];
-        b.0 += 1;
-        b.1 += f64::from(w);
+        let b = &mut buckets[bucket(w)];
+        *b = (b.0 + 1, b.1 + f64::from(w));
     }
-    let total: f64 = buckets.iter().map(|b| b.1).sum();
     let (mut count, mut mass) = (0, 0.0);
     let border = buckets.iter().rposition(|&(n, m)| {
-        let reached = n > 0 && enough(count + n, mass + m, total);
+        let reached = n > 0 && enough(count + n, mass + m);
         if !reached {
             (count, mass) = (count + n, mass + m);
         }
         reached
     });
     let Some(border) = border else { return };
+    let at_border: Vec<_> = entries(weights).filter(|(w, _)| bucket(*w) == border).collect();
+    weights.iter_mut().for_each(|w| *w = if bucket(*w) > border { *w } else { 0.0 });
+    restore(weights, at_border, (count, mass), enough);
+}
 
-    let mut candidates = Vec::with_capacity(buckets[border].0 as usize);
-    for (id, w) in weights.iter_mut().enumerate() {
-        let b = bucket(*w).min(BUCKETS - 1);
-        if b == border {
-            candidates.push((*w, id as u32));
-        }
-        *w = if b > border { *w } else { 0.0 };
-    }
-    candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    for (w, id) in candidates {
+/// Weights with their ids.
+fn entries(weights: &[f32]) -> impl Iterator<Item = (f32, u32)> {
+    weights.iter().copied().zip(0u32..)
+}
+
+/// Puts the likeliest of some entries back, until they are enough together with those that are there already.
+fn restore(
+    weights: &mut [f32],
+    mut entries: Vec<(f32, u32)>,
+    (mut count, mut mass): (u64, f64),
+    enough: impl Fn(u64, f64) -> bool,
+) {
+    entries.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    for (w, id) in entries {
         weights[id as usize] = w;
         (count, mass) = (count + 1, mass + f64::from(w));
-        if enough(count, mass, total) {
+        if enough(count, mass) {
             break;
         }
     }
@@ -170,8 +165,7 @@ fn keep_likeliest(weights: &mut [f32], enough: impl Fn(u64, f64, f64) -> bool) {
 
 /// The entry at share `u` of the running sum of the weights; `None` if all are 0.
 fn pick(weights: &[f32], u: f64) -> Option<u32> {
-    const BLOCK: usize = 1024;
-    let sums: Vec<f64> = weights.chunks(BLOCK).map(sum).collect();
+    let sums: Vec<f64> = weights.chunks(BLOCK).map(lanes::sum).collect();
     let target = u * sums.iter().sum::<f64>();
     let mut before = 0.0;
     let mut last = None;
@@ -194,43 +188,6 @@ fn pick(weights: &[f32], u: f64) -> Option<u32> {
     chosen
 }
 
-/// A sum in lanes that the compiler can put side by side.
-fn sum(values: &[f32]) -> f64 {
-    let (lanes, rest) = values.as_chunks::<16>();
-    let mut sums = [0f32; 16];
-    for lane in lanes {
-        for (s, x) in sums.iter_mut().zip(lane) {
-            *s += x;
-        }
-    }
-    sums.iter().chain(rest).map(|x| f64::from(*x)).sum()
-}
-
-/// A random number in [0, 1), a function of seed and position alone.
-///
-/// The first 53 bits of Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-/// SC 2011) with the seed as its key and the position as its counter.
-pub fn uniform(seed: u64, position: u64) -> f64 {
-    let [a, b, ..] =
-        philox([position as u32, (position >> 32) as u32, 0, 0], [seed as u32, (seed >> 32) as u32]);
-    ((u64::from(b) << 32 | u64::from(a)) >> 11) as f64 / (1u64 << 53) as f64
-}
-
-fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
-    for _ in 0..10 {
-        let a = u64::from(counter[0]) * 0xD251_1F53;
-        let b = u64::from(counter[2]) * 0xCD9E_8D57;
-        counter = [
-            (b >> 32) as u32 ^ counter[1] ^ key[0],
-            b as u32,
-            (a >> 32) as u32 ^ counter[3] ^ key[1],
-            a as u32,
-        ];
-        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
-    }
-    counter
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -239,16 +196,6 @@ mod tests {
 
     fn choose(logits: &[f32], sampling: &Sampling, position: u64) -> u32 {
         sample(&mut logits.to_vec(), sampling, &TokenCounts::new(), position)
-    }
-
-    /// Known answers of the authors' Random123 library.
-    #[test]
-    fn the_random_numbers_are_philox() {
-        assert_eq!(philox([0; 4], [0; 2]), [0x6627_E8D5, 0xE169_C58D, 0xBC57_AC4C, 0x9B00_DBD8]);
-        assert_eq!(philox([!0; 4], [!0; 2]), [0x408F_276D, 0x41C8_3B0E, 0xA20B_C7C6, 0x6D54_51FD]);
-        let pi = [0x243F_6A88, 0x85A3_08D3, 0x1319_8A2E, 0x0370_7344];
-        let answer = [0xD16C_FE09, 0x94FD_CCEB, 0x5001_E420, 0x2412_6EA1];
-        assert_eq!(philox(pi, [0xA409_3822, 0x299F_31D0]), answer);
     }
 
     #[test]
@@ -302,24 +249,13 @@ mod tests {
         assert_eq!(logits, [0.0, 0.0, 0.25]);
     }
 
-    #[test]
-    fn exp_is_exact_to_two_units() {
-        for i in 0..=870_000 {
-            let x = -(i as f32) * 1e-4;
-            let (got, want) = (exp(x), f64::from(x).exp());
-            let error = (f64::from(got) - want).abs() / want;
-            assert!(error <= 2.0 * f64::from(f32::EPSILON) || x <= -87.0, "e^{x}: {got}, not {want}");
-        }
-        assert_eq!((exp(0.0), exp(-1e9), exp(f32::NEG_INFINITY), exp(f32::NAN)), (1.0, 0.0, 0.0, 0.0));
-    }
-
     /// The kept set by sorting everything.
     fn kept(logits: &[f32], s: &Sampling) -> Vec<(u32, f64)> {
         let max = logits.iter().copied().fold(f32::MIN, f32::max);
         let mut all: Vec<(u32, f64)> = logits
             .iter()
             .enumerate()
-            .map(|(i, x)| (i as u32, f64::from(exp((x - max) / s.temperature))))
+            .map(|(i, x)| (i as u32, f64::from(lanes::exp((x - max) / s.temperature))))
             .collect();
         all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if s.top_k > 0 {
