@@ -1,5 +1,9 @@
 //! The engine's own measurements: what a model says, and how fast.
 
+mod speed;
+
+pub use speed::{Measurement, SpeedOptions, speed};
+
 use crate::batch::Batch;
 use crate::engine::Ready;
 use crate::kernels::BLOCK;

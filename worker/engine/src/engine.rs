@@ -104,6 +104,16 @@ pub(crate) fn start<E: Send + 'static>(
 }
 
 impl Handle {
+    /// Hands over a sequence that was made elsewhere.
+    pub fn submit_sequence(&self, sequence: Sequence) {
+        self.send(Command::Submit(Box::new(sequence)));
+    }
+
+    /// What turns text into tokens.
+    pub fn language(&self) -> &Language {
+        &self.language
+    }
+
     fn send(&self, command: Command) {
         // The thread lives as long as the handle.
         let _ = self.commands.as_ref().map(|commands| commands.send(command));

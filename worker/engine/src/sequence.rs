@@ -20,6 +20,8 @@ pub(crate) struct Sequence {
     pub priority: Priority,
     /// When it ends at the latest.
     pub deadline: Option<Instant>,
+    /// Ends at nothing but its length; for benchmarks.
+    pub endless: bool,
     /// Its place in the order of arrivals.
     pub arrival: u64,
     /// Its blocks of the cache.
@@ -59,6 +61,7 @@ impl Sequence {
             id: request.id,
             priority: request.priority,
             deadline: request.deadline,
+            endless: false,
             arrival: 0,
             table: Table::default(),
             computed: 0,
@@ -124,7 +127,7 @@ impl Sequence {
     fn push(&mut self, token: u32, tokenizer: &Tokenizer) {
         self.tokens.push(token);
         self.counts.add(token);
-        if tokenizer.is_eog(token) {
+        if tokenizer.is_eog(token) && !self.endless {
             self.end(FinishReason::Stop);
             return;
         }

@@ -7,6 +7,8 @@ use burn_flex::{Flex, FlexDevice};
 use crate::batch::Batch;
 use crate::engine::Ready;
 use crate::kernels::flex::Cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+use crate::kernels::gpu;
 use crate::kernels::{BLOCK, Kernels};
 use crate::language::Language;
 use crate::model::{self, Model, Setup};
@@ -30,7 +32,7 @@ pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
         options.context.map_or(config.context, |context| config.context.min(context as usize)).max(1);
     let blocks = blocks(config, &options, wanted, slots as usize);
     let context = wanted.min(blocks * BLOCK);
-    let backend = options.backend.unwrap_or(BackendKind::Cpu);
+    let backend = options.backend.unwrap_or_else(best_backend);
     let mut info = ModelInfo {
         name: options.name.clone().unwrap_or_else(|| checkpoint.name()),
         revision: checkpoint.revision(),
@@ -44,6 +46,19 @@ pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
     let mut model = on_backend(backend, checkpoint, options, blocks, &mut info)?;
     warm_up(&mut *model);
     Ok(Ready { model, language: Arc::new(language), info, blocks })
+}
+
+/// The best backend that is compiled in and has a device of its own.
+fn best_backend() -> BackendKind {
+    #[cfg(feature = "cuda")]
+    if gpu::cuda::device().is_ok() {
+        return BackendKind::Cuda;
+    }
+    #[cfg(feature = "wgpu")]
+    if gpu::wgpu::device().is_ok_and(|device| !device.software) {
+        return BackendKind::Wgpu;
+    }
+    BackendKind::Cpu
 }
 
 /// Loads the weights on the chosen backend.
@@ -60,13 +75,31 @@ fn on_backend(
             info.device = cpu_name();
             load_on::<Flex>(Cpu::new(threads(&options)), FlexDevice, checkpoint, options, blocks)
         }
+        #[cfg(feature = "wgpu")]
         BackendKind::Wgpu => {
-            Err(LoadError::Backend("wgpu is not compiled in; build with the wgpu feature".into()))
+            info.backend = "wgpu".into();
+            info.device = gpu::wgpu::device().map_err(|reason| no_device("wgpu", &reason))?.name;
+            load_on::<gpu::wgpu::Wgpu>((), Default::default(), checkpoint, options, blocks)
         }
+        #[cfg(feature = "cuda")]
         BackendKind::Cuda => {
-            Err(LoadError::Backend("cuda is not compiled in; build with the cuda feature".into()))
+            info.backend = "cuda".into();
+            info.device = gpu::cuda::device().map_err(|reason| no_device("cuda", &reason))?.name;
+            load_on::<gpu::cuda::Cuda>((), Default::default(), checkpoint, options, blocks)
+        }
+        #[allow(unreachable_patterns)] // with all features
+        BackendKind::Wgpu | BackendKind::Cuda => {
+            let name = if backend == BackendKind::Wgpu { "wgpu" } else { "cuda" };
+            let message =
+                format!("the {name} backend is not compiled in: build with the {name} feature, or use cpu");
+            Err(LoadError::Backend(message))
         }
     }
+}
+
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+fn no_device(backend: &str, reason: &str) -> LoadError {
+    LoadError::Backend(format!("there is no device for the {backend} backend ({reason}); use cpu"))
 }
 
 fn load_on<B: Kernels>(

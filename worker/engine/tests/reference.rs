@@ -2,87 +2,28 @@
 
 mod common;
 
+use common::cases::{Candidate, Case, cases};
 use common::listener::{Heard, Listener, options};
-use serde::Deserialize;
 use stoker_engine::bench::Probe;
 use stoker_engine::*;
 
-#[derive(Deserialize)]
-struct Reference {
-    cases: Vec<Case>,
-}
-
-#[derive(Clone, Deserialize)]
-struct Case {
-    #[serde(default)]
-    messages: Vec<Message>,
-    prompt: String,
-    prompt_tokens: Vec<u32>,
-    tokens: Vec<u32>,
-    text: String,
-    stop: String,
-    first_step_top5: Vec<Candidate>,
-}
-
-#[derive(Clone, Deserialize)]
-struct Message {
-    role: String,
-    content: String,
-}
-
-#[derive(Clone, Deserialize)]
-struct Candidate {
-    id: u32,
-    logprob: f32,
-}
-
-fn cases() -> Vec<Case> {
-    let text = std::fs::read_to_string(common::data("smollm2_greedy_f32.json")).unwrap();
-    serde_json::from_str::<Reference>(&text).unwrap().cases
-}
-
-impl Case {
-    /// The request whose answer the case holds.
-    fn request(&self, id: u64) -> Request {
-        let message = |m: &Message| ChatMessage { role: m.role.clone(), content: m.content.clone() };
-        let prompt = match self.messages.is_empty() {
-            true => Prompt::Text(self.prompt.clone()),
-            false => Prompt::Chat(self.messages.iter().map(message).collect()),
-        };
-        Request {
-            id: SequenceId(id),
-            prompt,
-            sampling: Sampling::default(),
-            max_tokens: Some(64),
-            stop: Vec::new(),
-            resume: Vec::new(),
-            priority: Priority::Interactive,
-            deadline: None,
-        }
+/// The reference's tokens, the end-of-generation token included.
+fn check(case: &Case, heard: &Heard, probe: &mut Probe) {
+    let finish = heard.finish.clone().unwrap();
+    assert_eq!(finish.usage.prompt_tokens as usize, case.prompt_tokens.len(), "{}", case.prompt);
+    let same = heard.tokens.iter().zip(&case.tokens).take_while(|(a, b)| a == b).count();
+    if same < case.tokens.len() {
+        // Only where the two best are all but equal may another one be chosen.
+        let tokens = [&case.prompt_tokens[..], &case.tokens[..same]].concat();
+        let mut logits = probe.logits(&tokens, 1).remove(0);
+        logits.sort_by(|a, b| b.total_cmp(a));
+        assert!(logits[0] - logits[1] < 1e-3, "{:?} leaves the reference after {same} tokens", heard.text);
+        return;
     }
-
-    /// The reference's tokens, the end-of-generation token included.
-    fn check(&self, heard: &Heard, probe: &mut Probe) {
-        let finish = heard.finish.clone().unwrap();
-        assert_eq!(finish.usage.prompt_tokens as usize, self.prompt_tokens.len(), "{}", self.prompt);
-        let same = heard.tokens.iter().zip(&self.tokens).take_while(|(a, b)| a == b).count();
-        if same < self.tokens.len() {
-            // Only where the two best are all but equal may another one be chosen.
-            let tokens = [&self.prompt_tokens[..], &self.tokens[..same]].concat();
-            let mut logits = probe.logits(&tokens, 1).remove(0);
-            logits.sort_by(|a, b| b.total_cmp(a));
-            assert!(
-                logits[0] - logits[1] < 1e-3,
-                "{:?} leaves the reference after {same} tokens",
-                heard.text
-            );
-            return;
-        }
-        assert_eq!((heard.tokens.as_slice(), &heard.text), (self.tokens.as_slice(), &self.text));
-        let reason = if self.stop == "eos" { FinishReason::Stop } else { FinishReason::Length };
-        assert_eq!(finish.reason, reason);
-        assert_eq!(finish.usage.completion_tokens as usize, self.tokens.len());
-    }
+    assert_eq!((heard.tokens.as_slice(), &heard.text), (case.tokens.as_slice(), &case.text));
+    let reason = if case.stop == "eos" { FinishReason::Stop } else { FinishReason::Length };
+    assert_eq!(finish.reason, reason);
+    assert_eq!(finish.usage.completion_tokens as usize, case.tokens.len());
 }
 
 #[test]
@@ -92,7 +33,7 @@ fn greedy_texts_are_the_references_alone_and_together() {
     let cases = cases();
     let alone: Vec<_> = cases.iter().zip(0..).map(|(case, id)| listener.run_one(case.request(id))).collect();
     for (case, heard) in cases.iter().zip(&alone) {
-        case.check(heard, &mut probe);
+        check(case, heard, &mut probe);
     }
     let together = listener.run(cases.iter().zip(100..).map(|(case, id)| case.request(id)).collect());
     for (alone, together) in alone.iter().zip(&together) {

@@ -48,6 +48,14 @@ impl Model for Toy {
         VOCABULARY
     }
 
+    fn cost(&self) -> crate::model::Cost {
+        Default::default()
+    }
+
+    fn limits(&self) -> Option<crate::kernels::Limits> {
+        None
+    }
+
     fn reset(&mut self) {
         self.memory.fill([u32::MAX; BLOCK]);
     }

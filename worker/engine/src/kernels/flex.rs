@@ -9,7 +9,7 @@ use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 
 use super::cpu::{self, Angles, AttentionSpec, KvShape, Packed, Pool};
-use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Rotation, Step, Weight};
+use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Limits, Rotation, Step, Weight};
 use crate::weights::{Activation, TensorView};
 
 /// Most buffers that are kept for reuse; a layer has fewer tensors at once.
@@ -82,6 +82,10 @@ impl Weight<Flex> for Packed {
 
     fn bytes(&self) -> usize {
         Packed::bytes(self)
+    }
+
+    fn elements(&self) -> usize {
+        self.rows() * self.cols()
     }
 }
 
@@ -208,6 +212,11 @@ impl Kernels for Flex {
         context.recycle(gate);
         context.recycle(up);
         wrap(out, shape)
+    }
+
+    fn limits(context: &Cpu) -> Option<Limits> {
+        let (bandwidth, flops) = (cpu::read_bandwidth(&context.pool), cpu::float_peak(&context.pool));
+        Some(Limits { bandwidth, flops })
     }
 }
 

@@ -7,8 +7,12 @@
 
 pub mod cpu;
 pub(crate) mod flex;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) mod gpu;
 pub(crate) mod plain;
 mod step;
+#[cfg(test)]
+mod tests;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
@@ -29,8 +33,10 @@ pub(crate) trait Weight<B: Kernels>: Send + Sized {
     fn apply(&self, context: &B::Context, x: Tensor<B, 2>) -> Tensor<B, 2>;
 
     /// Bytes that one pass over the matrix reads.
-    #[allow(dead_code)] // until the benchmark compares with the bandwidth
     fn bytes(&self) -> usize;
+
+    /// Its elements: the multiplications that a row takes.
+    fn elements(&self) -> usize;
 }
 
 /// Shape of an attention layer.
@@ -56,6 +62,15 @@ pub(crate) struct HeadNorms<B: Backend> {
     pub key: Tensor<B, 1>,
     /// Added to the mean square.
     pub eps: f32,
+}
+
+/// What a device can do at most.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Bytes read from memory a second.
+    pub bandwidth: f64,
+    /// Multiplications and additions in f32 a second.
+    pub flops: f64,
 }
 
 /// Operations of inference, with plain implementations as defaults. Tensors are `[rows, features]` in f32.
@@ -128,6 +143,11 @@ pub(crate) trait Kernels: Backend {
     /// The gated middle of a feed-forward layer: activation(gate) · up.
     fn gated(_: &Self::Context, gate_up: [Tensor<Self, 2>; 2], activation: Activation) -> Tensor<Self, 2> {
         plain::gated(gate_up, activation)
+    }
+
+    /// What this device can do at most, where that can be measured.
+    fn limits(_: &Self::Context) -> Option<Limits> {
+        None
     }
 
     /// Brings rows of logits to the host, one after another.

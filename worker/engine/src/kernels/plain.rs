@@ -14,20 +14,37 @@ use crate::weights::{Activation, RopeStyle, TensorView};
 const MASKED: f32 = -1e30;
 
 /// A dequantised matrix.
+#[cfg_attr(not(any(test, feature = "wgpu", feature = "cuda")), allow(dead_code))]
 pub(crate) struct Dense<B: Backend>(Tensor<B, 2>);
+
+impl<B: Backend> Dense<B> {
+    /// Dequantises `matrix`.
+    #[cfg_attr(not(any(test, feature = "wgpu", feature = "cuda")), allow(dead_code))]
+    pub fn new(device: &B::Device, matrix: &TensorView<'_>) -> Self {
+        Self(Tensor::from_data(TensorData::new(matrix.dequantize(), matrix.shape.clone()), device))
+    }
+
+    /// See [`Weight::apply`].
+    pub fn multiply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        x.matmul(self.0.clone().transpose())
+    }
+}
 
 impl<B: Kernels> Weight<B> for Dense<B> {
     fn load(_: &B::Context, device: &B::Device, matrix: &TensorView<'_>) -> Self {
-        let data = TensorData::new(matrix.dequantize(), matrix.shape.clone());
-        Self(Tensor::from_data(data, device))
+        Self::new(device, matrix)
     }
 
     fn apply(&self, _: &B::Context, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        x.matmul(self.0.clone().transpose())
+        self.multiply(x)
     }
 
     fn bytes(&self) -> usize {
-        self.0.shape().num_elements() * self.0.dtype().size()
+        self.elements() * self.0.dtype().size()
+    }
+
+    fn elements(&self) -> usize {
+        self.0.shape().num_elements()
     }
 }
 

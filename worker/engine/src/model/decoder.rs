@@ -9,10 +9,10 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use super::embedding::Embedding;
 use super::layers::{Linear, Source};
-use super::{Model, Rope, Setup};
+use super::{Cost, Model, Rope, Setup};
 use crate::LoadError;
 use crate::batch::Batch;
-use crate::kernels::{HeadNorms, Heads, Kernels, KvLayer, Step};
+use crate::kernels::{HeadNorms, Heads, Kernels, KvLayer, Limits, Step};
 use crate::weights::{Activation, Checkpoint, ModelConfig};
 
 struct Layer<B: Kernels> {
@@ -160,6 +160,23 @@ impl<B: Kernels> Model for Decoder<B> {
 
     fn vocabulary(&self) -> usize {
         self.vocabulary
+    }
+
+    fn cost(&self) -> Cost {
+        let mut cost = Cost::default();
+        for layer in &self.layers {
+            layer.qkv.add_to(&mut cost);
+            layer.output.add_to(&mut cost);
+            layer.gate_up.add_to(&mut cost);
+            layer.down.add_to(&mut cost);
+            cost.cache_bytes += 2 * layer.heads.keys * layer.heads.dim * size_of::<f32>();
+        }
+        self.head.add_to(&mut cost);
+        cost
+    }
+
+    fn limits(&self) -> Option<Limits> {
+        B::limits(&self.context)
     }
 
     fn reset(&mut self) {

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::Setup;
+use super::{Cost, Setup};
 use crate::LoadError;
 use crate::kernels::{Kernels, Weight};
 use crate::weights::Checkpoint;
@@ -22,6 +22,14 @@ impl<B: Kernels, const N: usize> Linear<B, N> {
             ys = ys.map(|y| y + biases.next().expect("as many as matrices").clone());
         }
         ys
+    }
+
+    /// Adds what a pass through the layer takes.
+    pub fn add_to(&self, cost: &mut Cost) {
+        for weight in &self.weights {
+            cost.weight_bytes += weight.bytes();
+            cost.multiplications += weight.elements();
+        }
     }
 }
 

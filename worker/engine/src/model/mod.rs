@@ -10,7 +10,7 @@ mod rope;
 
 use crate::LoadError;
 use crate::batch::Batch;
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, Limits};
 use crate::weights::Checkpoint;
 
 pub(crate) use rope::Rope;
@@ -24,8 +24,25 @@ pub(crate) trait Model {
     /// Width of a row of logits.
     fn vocabulary(&self) -> usize;
 
+    /// What a pass takes.
+    fn cost(&self) -> Cost;
+
+    /// What the device can do at most, where that can be measured.
+    fn limits(&self) -> Option<Limits>;
+
     /// Brings the model into order after a panic in [`forward`](Self::forward); what was cached is lost.
     fn reset(&mut self);
+}
+
+/// What a forward pass takes, to compare with what the device can do.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cost {
+    /// Bytes of weights that every pass reads.
+    pub weight_bytes: usize,
+    /// Multiplications with weights per row.
+    pub multiplications: usize,
+    /// Bytes of keys and values per cached position.
+    pub cache_bytes: usize,
 }
 
 /// Where and how a model is set up.

@@ -1,6 +1,7 @@
 //! What the engine's tests share: where the model is.
 #![allow(dead_code)] // each test program uses a part of it
 
+pub mod cases;
 pub mod gguf;
 pub mod listener;
 

@@ -1,0 +1,205 @@
+//! How fast an engine is, all of it: scheduler, model, sampling, text.
+//!
+//! Prompts are random tokens, so that nothing is found in the cache and speculation finds nothing to copy, and sequences
+//! end at nothing but their length. Speeds are given beside what the device's measured bandwidth and arithmetic would allow.
+
+use std::sync::mpsc::{self, Receiver};
+use std::time::Instant;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::Serialize;
+
+use crate::engine::{self, Handle};
+use crate::kernels::{BLOCK, Limits};
+use crate::model::Cost;
+use crate::sequence::Sequence;
+use crate::{
+    Engine, Event, LoadError, LoadOptions, ModelInfo, Priority, Prompt, Request, Sampling, SequenceId, setup,
+};
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct SpeedOptions {
+    /// Prompt lengths, tokens; decoding starts behind the last of them.
+    pub prompts: Vec<usize>,
+    /// How many sequences decode together.
+    pub batches: Vec<usize>,
+    /// New tokens per sequence.
+    pub tokens: usize,
+    /// Each measurement is the median of so many.
+    pub repetitions: usize,
+}
+
+/// A measured speed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Measurement {
+    /// `prefill` or `decode`.
+    pub test: &'static str,
+    /// Tokens of each prompt.
+    pub prompt: usize,
+    /// Sequences together.
+    pub batch: usize,
+    /// Of all sequences together: of the prompt, or new ones.
+    pub tokens_per_second: f64,
+    /// Bytes of weights and cache that were read, as a share of what the device can read; absent where nobody knows.
+    pub bandwidth_share: Option<f64>,
+    /// Multiplications and additions with weights, as a share of what the device can do in f32.
+    pub flops_share: Option<f64>,
+    /// How many runs this is the median of.
+    pub repetitions: usize,
+}
+
+/// Measures, and reports each result when it is there.
+///
+/// # Errors
+/// If the model can't be loaded.
+pub fn speed(
+    mut load: LoadOptions,
+    options: &SpeedOptions,
+    report: &mut dyn FnMut(Measurement),
+) -> Result<ModelInfo, LoadError> {
+    let most = options.batches.iter().copied().max().unwrap_or(1).max(1);
+    let longest = options.prompts.iter().copied().max().unwrap_or(1) + options.tokens + SLACK + 2 * BLOCK;
+    load.slots = Some(most as u32);
+    load.kv_positions.get_or_insert((most * longest.next_multiple_of(BLOCK) + most * BLOCK) as u64);
+    let (sender, events) = mpsc::channel();
+    let (facts, known) = mpsc::channel();
+    let set_up = move || {
+        let ready = setup::set_up(load)?;
+        let _ = facts.send((ready.model.cost(), ready.model.limits()));
+        Ok(ready)
+    };
+    let sink = Box::new(move |step| drop(sender.send((Instant::now(), step))));
+    let handle = engine::start(set_up, sink)?;
+    let (cost, limits) = known.recv().expect("sent before the engine started");
+    let mut bench = Bench { handle, events, cost, limits, random: StdRng::seed_from_u64(1), next: 0 };
+    bench.prefill(options.prompts.iter().copied().max().unwrap_or(1).min(BLOCK));
+    for &prompt in &options.prompts {
+        let speeds = (0..options.repetitions).map(|_| bench.prefill(prompt)).collect();
+        report(bench.measurement("prefill", prompt, 1, speeds));
+    }
+    let prompt = options.prompts.last().copied().unwrap_or(1);
+    for &batch in &options.batches {
+        let speeds = (0..options.repetitions).map(|_| bench.decode(prompt, batch, options.tokens)).collect();
+        report(bench.measurement("decode", prompt, batch, speeds));
+    }
+    Ok(bench.handle.info().clone())
+}
+
+/// Tokens that a sequence goes on for longer than is measured, since not all begin in the same step.
+const SLACK: usize = 16;
+
+/// What a step of the engine brought.
+struct Step {
+    when: Instant,
+    tokens: usize,
+    ended: usize,
+}
+
+struct Bench {
+    handle: Handle,
+    events: Receiver<(Instant, Vec<Event>)>,
+    cost: Cost,
+    limits: Option<Limits>,
+    random: StdRng,
+    next: u64,
+}
+
+impl Bench {
+    /// A prompt that nobody has seen before.
+    fn prompt(&mut self, length: usize) -> Vec<u32> {
+        let ids = self.handle.language().tokenizer.vocab_size() as u32;
+        (0..length).map(|_| self.random.random_range(0..ids)).collect()
+    }
+
+    /// Hands over a sequence that goes on for `tokens` tokens.
+    fn submit(&mut self, prompt: Vec<u32>, tokens: usize) {
+        self.next += 1;
+        let request = Request {
+            id: SequenceId(self.next),
+            prompt: Prompt::Text(String::new()),
+            sampling: Sampling::default(),
+            max_tokens: Some(tokens as u32),
+            stop: Vec::new(),
+            resume: Vec::new(),
+            priority: Priority::Interactive,
+            deadline: None,
+        };
+        let tokenizer = &self.handle.language().tokenizer;
+        let mut sequence = Sequence::new(request, prompt, tokenizer, self.handle.info().context as usize);
+        sequence.endless = true;
+        self.handle.submit_sequence(sequence);
+    }
+
+    /// Waits for the next step.
+    fn step(&self) -> Step {
+        let (when, events) = self.events.recv().expect("the engine goes on");
+        Step {
+            when,
+            tokens: events.iter().map(|event| event.tokens.len()).sum(),
+            ended: events.iter().filter(|event| event.finish.is_some()).count(),
+        }
+    }
+
+    /// Tokens of a prompt a second, from its arrival to its first token.
+    fn prefill(&mut self, length: usize) -> f64 {
+        let prompt = self.prompt(length);
+        let start = Instant::now();
+        self.submit(prompt, 1);
+        length as f64 / (self.step().when - start).as_secs_f64()
+    }
+
+    /// New tokens a second of `batch` sequences behind prompts of `length` tokens.
+    fn decode(&mut self, length: usize, batch: usize, tokens: usize) -> f64 {
+        // Prompts are computed beforehand, one by one, and found in the cache when all sequences start together.
+        let prompts: Vec<_> = (0..batch).map(|_| self.prompt(length.next_multiple_of(BLOCK) + 1)).collect();
+        for prompt in &prompts {
+            self.submit(prompt.clone(), 1);
+            self.step();
+        }
+        prompts.into_iter().for_each(|prompt| self.submit(prompt, tokens + SLACK));
+        let mut last = self.step();
+        while last.tokens < batch {
+            last = self.step();
+        }
+        let (start, mut new) = (last.when, 0);
+        for _ in 0..tokens {
+            last = self.step();
+            new += last.tokens;
+        }
+        let speed = new as f64 / (last.when - start).as_secs_f64();
+        let mut ended = 0;
+        while ended < batch {
+            ended += self.step().ended;
+        }
+        speed
+    }
+
+    fn measurement(
+        &self,
+        test: &'static str,
+        prompt: usize,
+        batch: usize,
+        mut speeds: Vec<f64>,
+    ) -> Measurement {
+        speeds.sort_by(f64::total_cmp);
+        let tokens_per_second = speeds[speeds.len() / 2];
+        // A prompt reads the weights once per chunk, about once for all its tokens; a decoding step once for all sequences,
+        // and each one's cache.
+        let bytes = match test {
+            "prefill" => self.cost.weight_bytes as f64 / prompt as f64,
+            _ => self.cost.weight_bytes as f64 / batch as f64 + (self.cost.cache_bytes * prompt) as f64,
+        };
+        let flops = 2.0 * self.cost.multiplications as f64;
+        Measurement {
+            test,
+            prompt,
+            batch,
+            tokens_per_second,
+            bandwidth_share: self.limits.map(|limits| tokens_per_second * bytes / limits.bandwidth),
+            flops_share: self.limits.map(|limits| tokens_per_second * flops / limits.flops),
+            repetitions: speeds.len(),
+        }
+    }
+}
