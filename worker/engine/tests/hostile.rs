@@ -1,6 +1,8 @@
 //! Files that are damaged or made to do harm: a clear error, no panic, no large allocation.
 
 mod common;
+#[path = "common/use_all.rs"]
+mod use_all;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,8 +11,8 @@ use common::TempDir;
 use common::gguf::{Gguf, Value};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use stoker_engine::LoadError;
 use stoker_engine::weights::Checkpoint;
-use stoker_engine::{ChatMessage, LoadError};
 
 /// Remembers the largest allocation.
 struct Watch;
@@ -37,25 +39,9 @@ unsafe impl GlobalAlloc for Watch {
 #[global_allocator]
 static WATCH: Watch = Watch;
 
-/// Opens a file and uses all that it promises.
+/// Writes a file and uses all that it promises.
 fn use_all(directory: &TempDir, bytes: &[u8]) -> Result<(), LoadError> {
-    let checkpoint = Checkpoint::open(&directory.write("model.gguf", bytes))?;
-    let mut names: Vec<_> = checkpoint.tensor_names().map(str::to_owned).collect();
-    names.sort();
-    for name in names {
-        checkpoint.tensor(&name)?.dequantize();
-    }
-    let _ = (checkpoint.revision(), checkpoint.name(), checkpoint.format());
-    let template = checkpoint.template()?;
-    let _ = template.render(&[ChatMessage { role: "user".into(), content: "Hi".into() }]);
-    let tokenizer = checkpoint.tokenizer()?;
-    for text in ["Hello, world <s>", "\u{0}é🙂  \n"] {
-        for parse_special in [true, false] {
-            let ids = tokenizer.encode(text, parse_special, true);
-            assert!(ids.iter().all(|id| (*id as usize) < checkpoint.config().vocab));
-        }
-    }
-    Ok(())
+    use_all::use_all(&directory.write("model.gguf", bytes))
 }
 
 /// A file that is in order, and small.
@@ -244,4 +230,15 @@ fn no_change_makes_it_panic_or_ask_for_much_memory() {
     assert!(opened > 100, "{opened}");
     let largest = LARGEST.load(Ordering::Relaxed);
     assert!(largest < 16 << 20, "an allocation of {largest} bytes");
+}
+
+#[test]
+fn the_fuzz_targets_corpus_does_no_harm() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/checkpoint");
+    let mut files: Vec<_> = std::fs::read_dir(corpus).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    let names =
+        files.iter().filter(|path| use_all::use_all(path).is_err()).filter_map(|path| path.file_name());
+    assert_eq!(names.collect::<Vec<_>>(), ["huge-counts", "magic-only", "truncated"]);
+    assert!(files.len() > 10);
 }

@@ -75,3 +75,12 @@ fn the_default_model_cuts_as_it_does_elsewhere() {
     let tokenizer = Checkpoint::open(&common::smollm2()).unwrap().tokenizer().unwrap();
     check(&tokenizer, &read("smollm2_tokens.json")["cases"], "SmolLM2");
 }
+
+#[test]
+fn a_turns_end_is_one_although_the_file_has_it_as_text() {
+    let mut gguf = Gguf::tiny(&["a", "<|im_end|>", "b"]);
+    gguf.set("tokenizer.ggml.token_type", Value::I32s(vec![1, 1, 1]));
+    let tokenizer = open(&gguf);
+    assert_eq!(tokenizer.encode("a<|im_end|>b", true, true), [0, 1, 2]);
+    assert!(tokenizer.is_eog(1) && tokenizer.token_bytes(1).is_empty() && !tokenizer.is_eog(0));
+}

@@ -16,10 +16,10 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper};
 
 use super::spm::Spm;
-use super::{Begin, Encoder, Pipeline, TokenKind, Tokenizer, byte_level_piece, spm_piece};
+use super::{Begin, END_NAMES, Encoder, Pipeline, TokenKind, Tokenizer, byte_level_piece, spm_piece};
 use crate::weights::{Fault, gguf::Gguf};
 
-/// How text is cut into words before pairs are joined. A `digit` pattern is tried alone first.
+/// How text is cut into words before pairs are joined.
 struct Cut {
     /// Digits stand alone.
     digits: bool,
@@ -44,7 +44,7 @@ impl Cut {
         Some(match name {
             "default" | "gpt-2" | "phi-2" | "mpt" | "olmo" => GPT2,
             "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => Cut { digits: true, ..GPT2 },
-            "llama-bpe" | "llama3" | "llama-v3" | "smaug-bpe" | "falcon3" | "pixtral" => {
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "pixtral" => {
                 Cut { pattern: Some(LLAMA3), whole_words: true, ..GPT2 }
             }
             "qwen2" | "deepseek-r1-qwen" => Cut { pattern: Some(QWEN2), compose: true, ..GPT2 },
@@ -106,6 +106,8 @@ impl<'a> Vocabulary<'a> {
                 4 => TokenKind::UserDefined,
                 5 => TokenKind::Unused,
                 6 => TokenKind::Byte,
+                // Some files have a turn's end as if it were text; a model would never stop.
+                _ if END_NAMES.contains(&name) => TokenKind::Control,
                 _ => TokenKind::Normal,
             };
             tokens.push((name, kind));

@@ -42,6 +42,8 @@ impl TempDir {
     /// Writes a file in it, and says where.
     pub fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.0.join(name);
+        // Some file systems wait for the disk when a file is overwritten, but not for a new one.
+        let _ = std::fs::remove_file(&path);
         std::fs::write(&path, bytes).unwrap();
         path
     }
