@@ -236,6 +236,21 @@ fn tokenizer_and_template_come_with_it() {
 }
 
 #[test]
+fn a_character_that_has_no_token_costs_no_other() {
+    let directory = whole(Dtype::F32);
+    let mut json = tokenizer_json();
+    json["model"]["unk_token"] = "nowhere".into();
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    let id = vocab.remove("z").unwrap();
+    vocab.insert("not to be reached".into(), id);
+    write_json(&directory, "tokenizer.json", &json);
+    let tokenizer = open(&directory).unwrap().tokenizer().unwrap();
+    let ids = tokenizer.encode("he zzz he", true, false);
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
+    assert_eq!(String::from_utf8(bytes).unwrap(), "he  he");
+}
+
+#[test]
 fn gemma_norms_are_stored_less_one() {
     let gemma = directory();
     let mut json = config();

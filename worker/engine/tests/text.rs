@@ -2,9 +2,11 @@
 
 mod common;
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use serde_json::Value;
 use stoker_engine::weights::Checkpoint;
-use stoker_engine::{ChatMessage, Detokenizer, Tokenizer};
+use stoker_engine::{ChatMessage, Detokenizer, StopMatcher, Tokenizer};
 
 /// Cases made by another engine: messages, the prompt, its tokens, and the greedy answer's tokens and text.
 fn reference_cases() -> Vec<Value> {
@@ -76,5 +78,51 @@ fn long_runs_are_encoded_whole() {
         let ids = tokenizer.encode(&text, true, false);
         assert!(ids.len() >= tokenizer.least_tokens(text.len()));
         assert!(text_of(&tokenizer, &ids) == text, "{part:?}");
+    }
+}
+
+/// The texts released after each token, and at the end; nothing after a stop string.
+fn stream(tokenizer: &Tokenizer, tokens: &[u32], stops: &[String]) -> Vec<String> {
+    let (mut detokenizer, mut matcher) = (Detokenizer::new(), StopMatcher::new(stops));
+    let mut released = Vec::new();
+    for id in tokens {
+        released.push(matcher.push(&detokenizer.push(tokenizer.token_bytes(*id))).0);
+    }
+    let mut last = matcher.push(&detokenizer.flush()).0;
+    last.push_str(&matcher.flush());
+    released.push(last);
+    released
+}
+
+#[test]
+fn streamed_texts_are_whole_texts_and_depend_on_what_came_before_alone() {
+    let tokenizer = Checkpoint::open(&common::smollm2()).unwrap().tokenizer().unwrap();
+    let mut rng = StdRng::seed_from_u64(23);
+    for _ in 0..300 {
+        // Half of the tokens are single bytes: most characters are put together from several, or never become whole.
+        let token = |rng: &mut StdRng| {
+            if rng.random() { rng.random_range(100..260) } else { rng.random_range(0..49152) }
+        };
+        let tokens: Vec<u32> = (0..rng.random_range(1..40)).map(|_| token(&mut rng)).collect();
+        let bytes: Vec<u8> = tokens.iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
+        let whole = String::from_utf8_lossy(&bytes);
+        let chars: Vec<char> = whole.chars().collect();
+        let stops: Vec<String> = (0..rng.random_range(0..3))
+            .map(|_| {
+                let at = rng.random_range(0..=chars.len());
+                chars[at..].iter().take(rng.random_range(1..4)).collect()
+            })
+            .collect();
+        // Each stop string that occurs ends somewhere; the text goes up to the one that ends first.
+        let ends =
+            stops.iter().filter(|s| !s.is_empty()).filter_map(|s| Some((whole.find(s)? + s.len(), s.len())));
+        let want = ends
+            .min_by_key(|(end, len)| (*end, usize::MAX - len))
+            .map_or(&*whole, |(end, len)| &whole[..end - len]);
+
+        let released = stream(&tokenizer, &tokens, &stops);
+        assert_eq!(released.concat(), want, "{whole:?} with {stops:?}");
+        let n = rng.random_range(0..tokens.len());
+        assert_eq!(stream(&tokenizer, &tokens[..n], &stops)[..n], released[..n]);
     }
 }

@@ -84,3 +84,19 @@ fn a_turns_end_is_one_although_the_file_has_it_as_text() {
     assert_eq!(tokenizer.encode("a<|im_end|>b", true, true), [0, 1, 2]);
     assert!(tokenizer.is_eog(1) && tokenizer.token_bytes(1).is_empty() && !tokenizer.is_eog(0));
 }
+
+/// The library's regular expressions give up after a million steps on one match, and take the rest for one word.
+#[test]
+fn no_text_is_lost_after_a_run_that_is_too_long_for_the_library() {
+    let json = read("bpe.json");
+    for name in ["llama-bpe", "qwen2", "tekken"] {
+        let mut gguf = file(&json, "gpt2");
+        gguf.set("tokenizer.ggml.pre", Value::String(name.into()))
+            .set("tokenizer.ggml.merges", Value::Strings(parse(&json["merges"])));
+        let tokenizer = open(&gguf);
+        let text = format!("{}x yz", " ".repeat(1_100_000));
+        let ids = tokenizer.encode(&text, true, false);
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
+        assert!(bytes == text.as_bytes(), "{name}");
+    }
+}

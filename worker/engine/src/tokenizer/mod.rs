@@ -207,8 +207,8 @@ impl Tokenizer {
     }
 }
 
-/// Encodes a text, in parts where the library gives up on it: its regular expressions have a limit of steps, which
-/// hundreds of thousands of spaces in a row exceed.
+/// Encodes a text, in parts where the library fails on it: vocabularies exist that lack both a token for some character and
+/// one for unknown characters, and then only that character is lost.
 fn encode_into(encoder: &Encoder, text: &str, ids: &mut Vec<u32>) {
     if let Some(all) = encoder.encode(text) {
         ids.extend(all);
