@@ -231,4 +231,10 @@ impl Scheduler {
             self.waiting[lane].push_front(running.sequence);
         }
     }
+
+    /// Hands out all sequences, and is as new.
+    pub fn dissolve(&mut self) -> Vec<Sequence> {
+        self.forget_cache();
+        self.waiting.iter_mut().flat_map(|lane| lane.drain(..)).collect()
+    }
 }

@@ -115,10 +115,14 @@ impl Sequence {
         self.cached_prompt = self.cached_prompt.max(positions.min(self.prompt) as u32);
     }
 
-    /// Chooses the next token from the logits behind the last one.
-    pub fn sample(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) {
+    /// Chooses the next token from the logits behind the last one; they are overwritten.
+    pub fn choose(&self, logits: &mut [f32]) -> u32 {
         let position = (self.tokens.len() - self.prompt) as u64;
-        let token = sample(logits, &self.sampling, &self.counts, position);
+        sample(logits, &self.sampling, &self.counts, position)
+    }
+
+    /// Takes the chosen token.
+    pub fn accept(&mut self, token: u32, tokenizer: &Tokenizer) {
         self.step.tokens.push(token);
         self.push(token, tokenizer);
     }

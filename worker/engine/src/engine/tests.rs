@@ -48,6 +48,10 @@ impl Model for Toy {
         VOCABULARY
     }
 
+    fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
+
     fn cost(&self) -> crate::model::Cost {
         Default::default()
     }
@@ -343,6 +347,21 @@ fn a_panic_ends_its_step_only() {
     runner.submit(Request { id: SequenceId(4), ..bystander.clone() });
     runner.finish();
     assert_eq!(ears.of(4).tokens, alone(&bystander).tokens);
+}
+
+#[test]
+fn starting_over_ends_everything_and_serves_again() {
+    let (mut runner, ears) = runner(1, 20);
+    runner.submit(request(1, "runs"));
+    runner.turn();
+    runner.submit(request(2, "waits"));
+    let error = RequestError { kind: RequestErrorKind::Internal, message: "lost".into() };
+    runner.start_over(error.clone());
+    assert_eq!(*reason(&ears.of(1)), FinishReason::Error(error.clone()));
+    assert_eq!(*reason(&ears.of(2)), FinishReason::Error(error));
+    runner.submit(request(3, "runs"));
+    runner.finish();
+    assert_eq!(ears.of(3).tokens, alone(&request(1, "runs")).tokens);
 }
 
 #[test]

@@ -214,6 +214,10 @@ impl Kernels for Flex {
         wrap(out, shape)
     }
 
+    fn parallel(context: &Cpu, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        context.pool.run(tasks, task);
+    }
+
     fn limits(context: &Cpu) -> Option<Limits> {
         let (bandwidth, flops) = (cpu::read_bandwidth(&context.pool), cpu::float_peak(&context.pool));
         Some(Limits { bandwidth, flops })

@@ -145,6 +145,11 @@ pub(crate) trait Kernels: Backend {
         plain::gated(gate_up, activation)
     }
 
+    /// Runs `task(0)` to `task(tasks - 1)` on the host, on the backend's threads if it has some.
+    fn parallel(_: &Self::Context, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
+
     /// What this device can do at most, where that can be measured.
     fn limits(_: &Self::Context) -> Option<Limits> {
         None

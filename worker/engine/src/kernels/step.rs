@@ -65,6 +65,13 @@ impl<'a, B: Backend> Step<'a, B> {
         Rows { sequences: &self.sequences, positions: &self.batch.positions, tables: &self.tables }
     }
 
+    /// The rows whose logits are wanted.
+    pub fn outputs(&self) -> Tensor<B, 1, Int> {
+        let rows: Vec<i32> = self.batch.outputs.iter().map(|&row| row as i32).collect();
+        let shape = [rows.len()];
+        Tensor::from_data(TensorData::new(rows, shape), &self.device)
+    }
+
     /// The step's tables as tensors.
     pub fn tensors(&self) -> &StepTensors<B> {
         self.tensors.get_or_init(|| self.make_tensors())

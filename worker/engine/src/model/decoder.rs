@@ -5,7 +5,7 @@
 //! Each layer is attention, then a gated feed-forward network, each behind a norm and added to the residual stream. With the norm
 //! fused into the addition before it, that is eight operations a layer.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 
 use super::embedding::Embedding;
 use super::layers::{Linear, Source};
@@ -129,12 +129,21 @@ impl<B: Kernels> Model for Decoder<B> {
         let step = Step::<B>::new(batch, &self.ropes, &self.device);
         let mut x = self.embedding.lookup(&batch.tokens, &self.device);
         let mut normed = B::rms_norm(context, x.clone(), &layers[0].attention_norm, eps);
+        let last = layers.len() - 1;
         for index in 0..layers.len() {
             let layer = &mut layers[index];
             let norms = layer.head_norms.as_ref();
             let qkv = layer.qkv.apply(context, normed);
             let q = B::rope_append(context, qkv, &layer.heads, norms, layer.rope, &step, &mut layer.cache);
-            let attended = B::attend(context, q, &layer.heads, &step, &layer.cache);
+            if index == last && batch.outputs.is_empty() {
+                return Vec::new();
+            }
+            let mut attended = B::attend(context, q, &layer.heads, &step, &layer.cache);
+            if index == last && batch.outputs.len() < batch.rows() {
+                // All keys and values are there; from here on only these rows are of interest.
+                let outputs = step.outputs();
+                (x, attended) = (x.select(0, outputs.clone()), attended.select(0, outputs));
+            }
             let [mut attended] = layer.output.apply(context, attended);
             if let Some(norm) = &layer.post_attention_norm {
                 attended = B::rms_norm(context, attended, norm, eps);
@@ -148,18 +157,16 @@ impl<B: Kernels> Model for Decoder<B> {
             let next = layers.get(index + 1).map_or(&self.norm, |next| &next.attention_norm);
             (x, normed) = B::add_rms_norm(context, x, down, next, eps);
         }
-        if batch.outputs.is_empty() {
-            return Vec::new();
-        }
-        let outputs: Vec<i32> = batch.outputs.iter().map(|&row| row as i32).collect();
-        let shape = [outputs.len()];
-        let outputs = Tensor::<B, 1, Int>::from_data(TensorData::new(outputs, shape), &self.device);
-        let [logits] = self.head.apply(context, normed.select(0, outputs));
+        let [logits] = self.head.apply(context, normed);
         B::read(context, logits)
     }
 
     fn vocabulary(&self) -> usize {
         self.vocabulary
+    }
+
+    fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        B::parallel(&self.context, tasks, task);
     }
 
     fn cost(&self) -> Cost {

@@ -24,6 +24,9 @@ pub(crate) trait Model {
     /// Width of a row of logits.
     fn vocabulary(&self) -> usize;
 
+    /// Runs `task(0)` to `task(tasks - 1)` on the model's threads, if it has any on this side of the device.
+    fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
+
     /// What a pass takes.
     fn cost(&self) -> Cost;
 
