@@ -23,6 +23,7 @@ use crate::shared::Shared;
 const DEFAULT_PORT: u16 = 8081;
 /// How long a service may take to say that it is ready.
 const PATIENCE: Duration = Duration::from_secs(2);
+const FOLD_PERIOD: Duration = Duration::from_secs(5);
 
 /// Binds the listener: the configured port, else the default one, else (it is taken) any.
 pub(crate) async fn bind(http: &Http) -> Result<(TcpListener, SocketAddr), Error> {
@@ -47,6 +48,9 @@ struct Context {
 
 /// Serves as long as the worker lives.
 pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>, metrics: Option<PrometheusHandle>) {
+    if let Some(metrics) = metrics.clone() {
+        shared.spawn(fold(metrics));
+    }
     let router = Router::new()
         .route("/healthz/live", get(live))
         .route("/healthz/ready", get(ready))
@@ -54,6 +58,15 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>, metrics: O
         .with_state(Context { shared, metrics });
     if let Err(error) = axum::serve(listener, router).await {
         error!(%error, "the HTTP listener ended");
+    }
+}
+
+/// Folds recorded values together from time to time, so that they don't pile up while nobody asks for them.
+async fn fold(metrics: PrometheusHandle) {
+    let mut ticks = tokio::time::interval(FOLD_PERIOD);
+    loop {
+        ticks.tick().await;
+        metrics.run_upkeep();
     }
 }
 

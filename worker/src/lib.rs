@@ -22,6 +22,8 @@ mod replay;
 mod settle;
 mod shared;
 mod tasks;
+#[cfg(test)]
+mod tests;
 mod ticket;
 
 use std::collections::HashSet;
@@ -40,6 +42,9 @@ use shared::{Served, Shared};
 
 /// How long running jobs that were stopped may take to be handed over, at the end of a drain.
 const HANDOVER_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often is looked for jobs that have become running meanwhile, and must be handed over too.
+const HANDOVER_PERIOD: Duration = Duration::from_millis(200);
 
 /// How to make an engine.
 pub enum Model {
@@ -151,19 +156,8 @@ impl Worker {
         let shared = &self.shared;
         info!(worker = %shared.id, "draining");
         shared.draining.cancel();
-        let patience = Duration::from_secs(shared.config.worker.drain_s);
-        if tokio::time::timeout(patience, shared.idle()).await.is_err() {
-            let handed_over = async {
-                loop {
-                    handover::begin(shared, |_| true);
-                    if tokio::time::timeout(Duration::from_millis(200), shared.idle()).await.is_ok() {
-                        break;
-                    }
-                }
-            };
-            let _ = tokio::time::timeout(HANDOVER_LIMIT, handed_over).await;
-        }
-        shared.settled().await;
+        // There is nothing to wait for once an engine has died: the whole worker has stopped.
+        shared.tasks.killed.run_until_cancelled(finish_or_hand_over(shared)).await;
         // Ends the consumers, whose deliveries go back, and the announcements, before the presence is withdrawn.
         shared.tasks.kill().await;
         presence::retire(shared).await;
@@ -182,6 +176,23 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.tasks.killed.cancel();
     }
+}
+
+/// Lets running jobs end for a while, hands over those that don't, and waits until all deliveries are settled.
+async fn finish_or_hand_over(shared: &Arc<Shared>) {
+    let patience = Duration::from_secs(shared.config.worker.drain_s);
+    if tokio::time::timeout(patience, shared.idle()).await.is_err() {
+        let handed_over = async {
+            loop {
+                handover::begin(shared, |_| true);
+                if tokio::time::timeout(HANDOVER_PERIOD, shared.idle()).await.is_ok() {
+                    break;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(HANDOVER_LIMIT, handed_over).await;
+    }
+    shared.settled().await;
 }
 
 /// Loads a model on a thread where it may take its time.

@@ -5,13 +5,15 @@
 //! token leaves at once, and under load a round trip carries many.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures::future::join_all;
 use stoker_engine::{Event, Sink};
 use stoker_shared::frame::Frame;
 use stoker_shared::ports::{Append, AppendReport, Appended, Opened, Opening, PortResult};
 use tokio::sync::Notify;
+use tokio::time::timeout;
 use tracing::{error, warn};
 
 use crate::attempt::{Attempt, Phase, Table};
@@ -23,6 +25,8 @@ use crate::{claim, handover, opening};
 
 /// Most frames of one step, so that a bus with one thread is not kept from others for long.
 const STEP: usize = 512;
+/// How long the ledger may take to say whether an attempt was overtaken.
+const LEDGER_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What engines did and the outbox has not looked at.
 #[derive(Default)]
@@ -186,8 +190,7 @@ fn gather(shared: &Arc<Shared>, attempt: &mut Attempt, number: u64, step: &mut S
 
 async fn write(shared: &Arc<Shared>, mut step: Step, dirty: &mut Vec<u64>) -> PortResult<()> {
     if !step.openings.is_empty() {
-        let answers = shared.ports.bus.open(&step.openings).await?;
-        reopened(shared, &step.reopened, answers);
+        reopen(shared, std::mem::take(&mut step.reopened), std::mem::take(&mut step.openings)).await?;
     }
     if !step.appends.is_empty() {
         for (append, frame) in step.appends.iter_mut().zip(&step.frames) {
@@ -209,6 +212,28 @@ fn doubt_everything(shared: &Shared, dirty: &mut Vec<u64>) {
         attempt.reopen = true;
         mark(attempt, number, dirty);
     }
+}
+
+/// Opens logs again. Where the bus has lost one it has also forgotten which epoch is the newest: the ledger is asked
+/// first, so that an attempt that was overtaken (its process was frozen, say) does not speak once more. A ledger that
+/// does not answer is not waited for: streams go on without it.
+async fn reopen(shared: &Arc<Shared>, numbers: Vec<u64>, openings: Vec<Opening>) -> PortResult<()> {
+    let finds = join_all(openings.iter().map(|opening| shared.ports.ledger.find(opening.key)));
+    let rows = timeout(LEDGER_PATIENCE, finds).await.unwrap_or_default();
+    let mut rows = rows.into_iter().map(|row| row.ok().flatten());
+    let (mut kept, mut to_open) = (Vec::new(), Vec::new());
+    for (number, opening) in numbers.into_iter().zip(openings) {
+        match rows.next().flatten() {
+            Some(row) if row.epoch > opening.header.epoch => claim::superseded(shared, number, row.epoch),
+            _ => {
+                kept.push(number);
+                to_open.push(opening);
+            }
+        }
+    }
+    let answers = shared.ports.bus.open(&to_open).await?;
+    reopened(shared, &kept, answers);
+    Ok(())
 }
 
 fn reopened(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {

@@ -128,3 +128,34 @@ async fn a_takeover_after_the_bus_forgot_everything_begins_again_and_says_the_sa
     assert_eq!(fleet.bills().await, 1);
     fleet.all_acknowledged(vec![second]).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_overtaken_attempt_stays_silent_although_the_bus_forgot_who_overtook_it() {
+    let fleet = Fleet::new().await;
+    let worker = fleet.worker(5).await;
+    let order = Order::once("one two three", 100_000);
+    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
+    fleet.publish(&order).await;
+    reader.tokens(order.key(), 5).await;
+    // Another worker that lives claims it; before this one hears of it, the log is gone.
+    let _control = fleet.bus.control("w-other").await.unwrap();
+    let presence = WorkerPresence { id: "w-other".into(), ..WorkerPresence::default() };
+    fleet.bus.announce_worker(&presence).await.unwrap();
+    let claim = Claim {
+        key: order.key(),
+        tenant: TENANT.into(),
+        job_id: order.id().into(),
+        body_hash: String::new(),
+        expected: None,
+        epoch: 2,
+        worker: "w-other".into(),
+        interruptions: 1,
+        expires_in_s: 600,
+    };
+    assert_eq!(fleet.ledger.claim(&claim).await.unwrap(), Claimed::Won);
+    fleet.bus.expire_logs(&[order.key()], Duration::ZERO).await.unwrap();
+    let stopped = async || fleet.bus.workers().await.unwrap().iter().all(|w| w.active == 0);
+    eventually("the engine is told to stop", stopped).await;
+    assert_eq!(fleet.bus.read_log(order.key()).await.unwrap(), None);
+    worker.abort().await;
+}

@@ -51,7 +51,7 @@ fn order(i: u32, dice: &mut Dice) -> Order {
 async fn strike(fleet: &Fleet, dice: &mut Dice, workers: &mut [(Worker, Arc<CutQueue>)], orders: &[Order]) {
     let victim = dice.roll(workers.len());
     let job = &orders[dice.roll(orders.len())];
-    match dice.roll(10) {
+    match dice.roll(11) {
         0 | 1 => {
             let replacement = fleet.worker_on_a_wire(1).await;
             std::mem::replace(&mut workers[victim], replacement).0.abort().await;
@@ -74,6 +74,14 @@ async fn strike(fleet: &Fleet, dice: &mut Dice, workers: &mut [(Worker, Arc<CutQ
             fleet.ledger.down.store(true, SeqCst);
             tokio::time::sleep(Duration::from_millis(dice.roll(150) as u64)).await;
             fleet.ledger.down.store(false, SeqCst);
+        }
+        10 => {
+            // Others take its jobs while it still runs them.
+            let id = workers[victim].0.id().to_owned();
+            fleet.bus.slandered.lock().unwrap().insert(id.clone());
+            workers[victim].1.cut(true);
+            tokio::time::sleep(Duration::from_millis(dice.roll(150) as u64)).await;
+            fleet.bus.slandered.lock().unwrap().remove(&id);
         }
         _ => {}
     }
@@ -103,6 +111,7 @@ async fn run(seed: u64) {
     }
 
     let mut outcomes: HashMap<String, Vec<u8>> = HashMap::new();
+    let mut taken_over = 0;
     for order in &orders {
         let (bytes, outcome) = fleet.outcome(order.key()).await;
         let whole = order.text();
@@ -118,7 +127,10 @@ async fn run(seed: u64) {
         assert_eq!(last.finish_reason, Some(outcome.finish_reason));
         assert_eq!(last.usage, Some(outcome.usage));
         outcomes.insert(order.id().to_owned(), bytes);
+        taken_over += u32::from(outcome.metadata["attempts"].as_u64().unwrap() > 1);
     }
+    println!("{taken_over} jobs were taken over");
+    assert!(taken_over > 0, "seed {seed}: the faults hit nothing");
     assert_eq!(fleet.bills().await, u64::from(JOBS), "seed {seed}: one bill a job");
     for (worker, _) in workers {
         worker.drain().await;

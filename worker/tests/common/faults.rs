@@ -1,7 +1,8 @@
 //! Ports that fail on demand.
 
-use std::sync::Arc;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -93,11 +94,18 @@ pub struct FaultyBus {
     pub down: AtomicBool,
     /// While it is down: steps are taken all the same, but their answers are lost.
     pub deaf: AtomicBool,
+    /// Workers that are said to be gone although they live, as one that was frozen for a while.
+    pub slandered: Mutex<HashSet<String>>,
 }
 
 impl FaultyBus {
     pub fn new(inner: EmbeddedBus) -> Self {
-        Self { inner, down: AtomicBool::new(false), deaf: AtomicBool::new(false) }
+        Self {
+            inner,
+            down: AtomicBool::new(false),
+            deaf: AtomicBool::new(false),
+            slandered: Mutex::default(),
+        }
     }
 }
 
@@ -156,7 +164,11 @@ impl Bus for FaultyBus {
         self.inner.known_models().await
     }
     async fn worker_liveness(&self, id: &str) -> PortResult<Liveness> {
-        self.inner.worker_liveness(id).await
+        let is_slandered = self.slandered.lock().unwrap().contains(id);
+        match is_slandered {
+            true => Ok(Liveness::Gone),
+            false => self.inner.worker_liveness(id).await,
+        }
     }
     async fn coordinator_liveness(&self, id: &str) -> PortResult<Liveness> {
         self.inner.coordinator_liveness(id).await
