@@ -8,7 +8,7 @@ test: ## make sure the services are there, then run all tests
 	scripts/test.sh
 
 model: ## fetch the default model
-	cargo run -p stoker -- model pull
+	cargo run --release -- model pull
 
 lint: ## what CI checks before the tests
 	scripts/lint.sh

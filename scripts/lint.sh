@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo fmt --all --check
 cargo clippy --workspace --all-targets -- -D warnings
-cargo check -p stoker --features wgpu,cuda
+cargo check --workspace --features stoker/wgpu,stoker/cuda

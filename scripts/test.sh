@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 
 services=$(scripts/services.sh start)
 eval "$services"
+# Always the whole workspace: with a part of it, Cargo chooses other features and builds every dependency anew.
 cargo build --workspace
-cargo run -q -p stoker -- model pull
+"${CARGO_TARGET_DIR:-target}/debug/stoker" model pull
 cargo test --workspace --no-fail-fast
 clients/tests/run.sh

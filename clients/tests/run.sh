@@ -28,8 +28,8 @@ install python3 python3 python3-venv
 "$work/venv/bin/pip" install -q --disable-pip-version-check -r requirements.txt
 npm ci --no-audit --no-fund --loglevel=error
 
-stoker=${FLEET_BIN:-$(cd "$root" && cargo build -q -p stoker && cargo metadata --format-version 1 --no-deps |
-  python3 -c 'import json,sys; print(json.load(sys.stdin)["target_directory"])')/debug/stoker}
+stoker=${FLEET_BIN:-${CARGO_TARGET_DIR:-$root/target}/debug/stoker}
+[[ -x $stoker ]] || (cd "$root" && cargo build --workspace)
 
 pids=()
 finish() {

@@ -11,7 +11,7 @@ eval "$(scripts/services.sh start)"
 work=$PWD/.data/compare-fleet
 mkdir -p "$work"
 cargo build -q --release -p stoker -p loadtest
-target=$(cargo metadata --format-version 1 --no-deps | python3 -c 'import json,sys; print(json.load(sys.stdin)["target_directory"])')/release
+target=${CARGO_TARGET_DIR:-target}/release
 [[ -x $work/venv/bin/pip ]] || python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q --disable-pip-version-check -r loadtest/peers/fastapi/requirements.txt
 

@@ -101,11 +101,25 @@ struct ServeArgs {
     echo_delay_ms: Option<u64>,
 }
 
+/// Where models run.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Backend {
+pub enum Backend {
+    /// SIMD on the CPU.
     Cpu,
+    /// Vulkan, Metal, DX12.
     Wgpu,
+    /// NVIDIA.
     Cuda,
+}
+
+impl From<Backend> for BackendChoice {
+    fn from(backend: Backend) -> Self {
+        match backend {
+            Backend::Cpu => Self::Cpu,
+            Backend::Wgpu => Self::Wgpu,
+            Backend::Cuda => Self::Cuda,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -120,12 +134,7 @@ impl ServeArgs {
         if !self.models.is_empty() {
             w.models.clone_from(&self.models);
         }
-        let backend = self.backend.map(|b| match b {
-            Backend::Cpu => BackendChoice::Cpu,
-            Backend::Wgpu => BackendChoice::Wgpu,
-            Backend::Cuda => BackendChoice::Cuda,
-        });
-        w.backend = backend.or(w.backend);
+        w.backend = self.backend.map(Into::into).or(w.backend);
         w.slots = self.slots.or(w.slots);
         w.threads = self.threads.or(w.threads);
         match self.engine {
@@ -183,7 +192,6 @@ fn embedded_file(config: &Config) -> Result<PathBuf> {
 /// A coordinator on the real services.
 pub async fn coordinator(config: Config) -> Result<()> {
     let ports = stoker_shared::connect(&config.services).await?;
-    migrate_when_there(&ports);
     let coordinator = Coordinator::start(config, ports, Some(telemetry::init_metrics())).await?;
     tracing::info!("coordinator {} listens on {}", coordinator.id(), coordinator.addr());
     stop_signal().await?;
@@ -194,8 +202,8 @@ pub async fn coordinator(config: Config) -> Result<()> {
 /// A worker on the real services.
 pub async fn worker(config: Config) -> Result<()> {
     let ports = stoker_shared::connect(&config.services).await?;
-    let models = models(&config).await?;
     migrate_when_there(&ports);
+    let models = models(&config).await?;
     let worker = Worker::start(config, ports, models, Some(telemetry::init_metrics())).await?;
     tracing::info!("worker {} serves; its probes and metrics are on {}", worker.id(), worker.addr());
     let failed = tokio::select! {
@@ -210,7 +218,7 @@ async fn migrate(ports: &Ports) -> Result<()> {
     ports.ledger.migrate().await.context("cannot bring the database schema up to date")
 }
 
-/// Migrates as soon as the database can be reached: a fleet may start before its services.
+/// Migrates as soon as the database can be reached: a worker may be there before its services and any coordinator.
 fn migrate_when_there(ports: &Ports) {
     let ledger = ports.ledger.clone();
     tokio::spawn(async move {
@@ -248,7 +256,8 @@ async fn models(config: &Config) -> Result<Vec<Model>> {
     Ok(paths.into_iter().map(|path| Model::Burn(load_options(path, config))).collect())
 }
 
-fn load_options(path: PathBuf, config: &Config) -> LoadOptions {
+/// How the engine is to load a model's files.
+pub fn load_options(path: PathBuf, config: &Config) -> LoadOptions {
     let name = model::catalogue::MODELS
         .iter()
         .find(|m| path.file_name().is_some_and(|f| f == m.file))
@@ -280,7 +289,7 @@ fn file_stem(path: &Path) -> Option<String> {
 }
 
 /// The engine's word for a configured backend.
-pub fn backend(choice: BackendChoice) -> BackendKind {
+fn backend(choice: BackendChoice) -> BackendKind {
     match choice {
         BackendChoice::Cpu => BackendKind::Cpu,
         BackendChoice::Wgpu => BackendKind::Wgpu,

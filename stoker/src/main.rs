@@ -1,6 +1,7 @@
 //! `stoker`: the command people run. It parses, builds and runs; what there is to decide is decided elsewhere.
 
 mod ask;
+mod bench;
 mod dead;
 mod fleet;
 mod http;
@@ -36,6 +37,8 @@ enum Command {
     Coordinator(fleet::CoordinatorArgs),
     /// A worker: runs models, takes jobs from RabbitMQ.
     Worker(fleet::WorkerArgs),
+    /// The engine alone: tokens per second, and the share of what the device can do.
+    Bench(bench::BenchArgs),
     /// Fetch, list and inspect models.
     #[command(subcommand)]
     Model(model::ModelCommand),
@@ -81,6 +84,7 @@ async fn run(cli: Cli) -> Result<()> {
             args.apply(&mut config);
             fleet::worker(config).await
         }
+        Some(Command::Bench(args)) => bench::run(args, config).await,
         Some(Command::Model(command)) => model::run(command, &config).await,
         Some(Command::Job(command)) => job::run(command, &config).await,
         Some(Command::Migrate) => migrate(&config).await,

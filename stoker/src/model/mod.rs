@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use clap::Subcommand;
 use serde_json::json;
+use stoker_engine::weights::Checkpoint;
 use stoker_shared::config::Config;
 
 /// What can be done with models.
@@ -119,6 +120,21 @@ fn list(folder: &Path, as_json: bool) {
     println!("\nFiles are kept in {}.", folder.display());
 }
 
-fn inspect(path: &Path, _as_json: bool) -> Result<()> {
-    bail!("{}: inspecting is not built yet", path.display())
+fn inspect(path: &Path, as_json: bool) -> Result<()> {
+    let checkpoint = Checkpoint::open(path)?;
+    let c = checkpoint.config();
+    let facts = json!({
+        "name": checkpoint.name(), "architecture": c.architecture, "format": checkpoint.format(),
+        "bytes": checkpoint.data_bytes(), "tensors": checkpoint.tensor_names().count(), "layers": c.layers,
+        "hidden": c.hidden, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim, "ffn": c.ffn,
+        "vocabulary": c.vocab, "context": c.context, "revision": checkpoint.revision(),
+    });
+    if as_json {
+        println!("{facts}");
+        return Ok(());
+    }
+    for (name, value) in facts.as_object().into_iter().flatten() {
+        println!("{name:<13} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    }
+    Ok(())
 }
