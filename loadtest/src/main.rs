@@ -25,6 +25,8 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // The HTTP client leaves the choice of a TLS provider to its user; an error means that there is one already.
+    drop(rustls::crypto::ring::default_provider().install_default());
     match Cli::parse().command {
         Command::Http(args) => run::http(args).await,
     }

@@ -23,8 +23,8 @@ pub struct Report {
 
 impl Default for Report {
     fn default() -> Self {
-        // Three significant digits, microseconds; such a histogram can always be made.
-        let histogram = || Histogram::new(3).expect("3 digits are allowed");
+        // Microseconds up to an hour, three significant digits.
+        let histogram = || Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("the bounds are valid");
         Self {
             requests: 0,
             tokens: 0,
@@ -63,7 +63,7 @@ impl Report {
     pub fn merge(&mut self, other: Self) {
         self.requests += other.requests;
         self.tokens += other.tokens;
-        // The histograms resize themselves, so that adding cannot fail.
+        // All have the same bounds, so that adding cannot fail.
         let _ = self.first.add(other.first);
         let _ = self.per_token.add(other.per_token);
         let _ = self.total.add(other.total);
