@@ -216,16 +216,16 @@ impl serde_json::ser::Formatter for Python {
 fn without_generation_marks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
-    while let Some(start) = rest.find("{%") {
+    while let Some(start) = rest.find("{%").map(|n| n + 2) {
         let Some(end) = rest[start..].find("%}").map(|n| start + n) else { break };
-        let tag = &rest[start + 2..end];
+        let tag = &rest[start..end];
         let name = tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let replacement = match name {
             "generation" => tag.replace("generation", "if true"),
             "endgeneration" => tag.replace("endgeneration", "endif"),
             _ => tag.to_owned(),
         };
-        out.push_str(&rest[..start + 2]);
+        out.push_str(&rest[..start]);
         out.push_str(&replacement);
         rest = &rest[end..];
     }
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_template_that_can_not_be_read_is_refused() {
-        for source in ["{% for %}", "{{ a", "{% if x %}", "{% nonsense %}"] {
+        for source in ["{% for %}", "{{ a", "{% if x %}", "{% nonsense %}", "{%}", "{%%}", "{%"] {
             assert!(
                 matches!(ChatTemplate::new(Some(source), "", ""), Err(Fault::Unsupported(_))),
                 "{source}"
