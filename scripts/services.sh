@@ -53,7 +53,7 @@ need() { # PACKAGE FILE-OR-COMMAND
   if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     say "installing $1"
     apt-get update -qq >&2
-    # A policy that forbids it keeps the package from starting its own instance.
+    # Should the package start an instance of its own, ours still has other ports and folders.
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >&2
   else
     fail "$1 is not installed: install it, start a Docker engine, or set AMQP_URL, REDIS_URL and POSTGRES_URL"

@@ -11,7 +11,7 @@ use crate::http;
 
 /// Asks through the OpenAI-compatible interface at `url`, and prints the answer as it comes.
 pub async fn ask(url: &str, question: &str) -> Result<()> {
-    let client = http::client_builder().build().context("cannot make an HTTP client")?;
+    let client = http::client()?;
     println!("\n> {question}\n");
     let started = Instant::now();
     let answer = client

@@ -136,7 +136,7 @@ fn describe(job: &Value) -> String {
 }
 
 async fn call(at: &At, method: reqwest::Method, path: &str, body: Option<&Value>) -> Result<Value> {
-    let client = http::client_builder().build().context("cannot make an HTTP client")?;
+    let client = http::client()?;
     let mut request = client.request(method, format!("{}{path}", at.url.trim_end_matches('/')));
     if let Some(body) = body {
         request = request.json(body);
@@ -151,7 +151,7 @@ async fn call(at: &At, method: reqwest::Method, path: &str, body: Option<&Value>
 }
 
 async fn watch(at: &At, id: &str) -> Result<()> {
-    let client = http::client_builder().build().context("cannot make an HTTP client")?;
+    let client = http::client()?;
     let url = format!("{}/v1/jobs/{id}/stream", at.url.trim_end_matches('/'));
     let answer = client.get(&url).send().await.with_context(|| format!("cannot reach {}", at.url))?;
     if !answer.status().is_success() {

@@ -16,6 +16,7 @@ use reqwest::header::{ACCEPT, RANGE};
 use sha2::{Digest, Sha256};
 
 use super::catalogue::Entry;
+use crate::http;
 
 /// Where the Python index is unless `PIP_INDEX_URL` says otherwise.
 const DEFAULT_INDEX: &str = "https://pypi.org/simple";
@@ -59,11 +60,9 @@ async fn lock(path: &Path) -> Result<File> {
 }
 
 fn client() -> Result<reqwest::Client> {
-    crate::http::client_builder()
-        .connect_timeout(Duration::from_secs(8))
-        .read_timeout(Duration::from_secs(30))
-        .build()
-        .context("cannot make an HTTP client")
+    http::build(
+        http::client_builder().connect_timeout(Duration::from_secs(8)).read_timeout(Duration::from_secs(30)),
+    )
 }
 
 async fn from_hub(client: &reqwest::Client, entry: &Entry, target: &Path) -> Result<()> {
