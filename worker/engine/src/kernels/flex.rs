@@ -12,6 +12,9 @@ use super::cpu::{self, Angles, AttentionSpec, KvShape, Packed, Pool};
 use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Limits, Rotation, Step, Weight};
 use crate::weights::{Activation, TensorView};
 
+/// What keys and values are stored as.
+type Stored = i16;
+
 /// Most buffers that are kept for reuse; a layer has fewer tensors at once.
 const SPARE_BUFFERS: usize = 16;
 
@@ -131,11 +134,16 @@ impl Kernels for Flex {
         outs.map(|out| wrap(out, [rows, widths.next().expect("as many as outputs")]))
     }
 
-    /// Keys `[blocks, heads, dim, BLOCK]`, values `[blocks, heads, BLOCK, dim]`.
+    /// As 16-bit integers with their scales, `[blocks, elements of a block]`; see [`KvShape`].
     fn cache(_: &Cpu, _: &FlexDevice, heads: &Heads, blocks: usize) -> KvLayer<Self> {
         let shape = kv_shape(heads);
-        let zeros = |block: usize| FlexTensor::zeros(Shape::new([blocks, block]), burn::tensor::DType::F32);
-        KvLayer { keys: zeros(shape.key_block()), values: zeros(shape.value_block()) }
+        let zeros = |block: usize| FlexTensor::zeros(Shape::new([blocks, block]), burn::tensor::DType::I16);
+        KvLayer { keys: zeros(shape.key_block::<Stored>()), values: zeros(shape.value_block::<Stored>()) }
+    }
+
+    fn cache_bytes(heads: usize, dim: usize) -> usize {
+        let shape = KvShape { block: BLOCK, heads, head_dim: dim };
+        (shape.key_block::<Stored>() + shape.value_block::<Stored>()) * size_of::<Stored>() / BLOCK
     }
 
     fn rope_append(
@@ -164,7 +172,7 @@ impl Kernels for Flex {
         let q = rotated(q, heads.queries, norms.map(|norms| &norms.query));
         let k = rotated(k, heads.keys, norms.map(|norms| &norms.key));
         let v = contiguous(bare(v));
-        cpu::kv_write::<f32>(
+        cpu::kv_write::<Stored>(
             &context.pool,
             &kv_shape(heads),
             cache.keys.storage_mut(),
@@ -190,7 +198,7 @@ impl Kernels for Flex {
         let spec =
             AttentionSpec { heads: heads.queries, scale: heads.scale, window: heads.window, softcap: None };
         let mut out = context.buffer(shape[0] * shape[1]);
-        cpu::attention::<f32>(
+        cpu::attention::<Stored>(
             &context.pool,
             &spec,
             &kv_shape(heads),
