@@ -30,11 +30,13 @@ impl Cpu {
         Self { pool: Pool::new(threads), spare: RefCell::default() }
     }
 
-    /// A buffer of `len` numbers, whatever they are: the smallest that is large enough.
+    /// A buffer of `len` numbers, whatever they are: one that had as many, which need not be filled, or else the smallest
+    /// that is large enough.
     fn buffer(&self, len: usize) -> Vec<f32> {
         let mut spare = self.spare.borrow_mut();
         let fitting = spare.iter().enumerate().filter(|(_, buffer)| buffer.capacity() >= len);
-        let best = fitting.min_by_key(|(_, buffer)| buffer.capacity()).map(|(index, _)| index);
+        let best = fitting.min_by_key(|(_, buffer)| (buffer.len() != len, buffer.capacity()));
+        let best = best.map(|(index, _)| index);
         let mut buffer = best.map(|index| spare.swap_remove(index)).unwrap_or_default();
         buffer.resize(len, 0.0);
         buffer
@@ -46,10 +48,15 @@ impl Cpu {
             return;
         }
         if let Ok(buffer) = tensor.into_data().into_vec() {
-            let mut spare = self.spare.borrow_mut();
-            if spare.len() < SPARE_BUFFERS {
-                spare.push(buffer);
-            }
+            self.keep(buffer);
+        }
+    }
+
+    /// Keeps memory for later.
+    fn keep(&self, buffer: Vec<f32>) {
+        let mut spare = self.spare.borrow_mut();
+        if spare.len() < SPARE_BUFFERS {
+            spare.push(buffer);
         }
     }
 }
@@ -220,6 +227,10 @@ impl Kernels for Flex {
         context.recycle(gate);
         context.recycle(up);
         wrap(out, shape)
+    }
+
+    fn recycle(context: &Cpu, logits: Vec<f32>) {
+        context.keep(logits);
     }
 
     fn parallel(context: &Cpu, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -164,4 +164,9 @@ pub(crate) trait Kernels: Backend {
     fn read(_: &Self::Context, logits: Tensor<Self, 2>) -> Vec<f32> {
         plain::read(logits)
     }
+
+    /// Takes back what [`read`](Self::read) gave, whose memory may serve again.
+    fn recycle(_: &Self::Context, logits: Vec<f32>) {
+        drop(logits);
+    }
 }

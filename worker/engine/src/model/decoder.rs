@@ -161,6 +161,10 @@ impl<B: Kernels> Model for Decoder<B> {
         B::read(context, logits)
     }
 
+    fn recycle(&mut self, logits: Vec<f32>) {
+        B::recycle(&self.context, logits);
+    }
+
     fn vocabulary(&self) -> usize {
         self.vocabulary
     }
