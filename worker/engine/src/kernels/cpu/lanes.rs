@@ -29,7 +29,8 @@ pub(super) trait Lanes: Copy {
     /// # Safety
     /// Room for 16 values at `to`.
     unsafe fn store(self, to: *mut f32);
-    /// Asks for the cache line at `at`, which need not be there.
+    /// Asks for the cache line at `at`, which need not be there, to be brought into the second-level cache: of requests for
+    /// the first, a processor keeps too few under way to read memory at its full speed.
     #[inline(always)]
     fn prefetch<T>(at: *const T) {
         let _ = at;
@@ -228,7 +229,7 @@ mod x86 {
         const REGISTERS: usize = 32;
         #[inline(always)]
         fn prefetch<T>(at: *const T) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
         }
         #[inline(always)]
         fn splat(value: f32) -> Self {
@@ -314,7 +315,7 @@ mod x86 {
         const REGISTERS: usize = 8;
         #[inline(always)]
         fn prefetch<T>(at: *const T) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
         }
         #[inline(always)]
         fn splat(value: f32) -> Self {
