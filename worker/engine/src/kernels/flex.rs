@@ -15,7 +15,7 @@ use crate::weights::{Activation, TensorView};
 /// What keys and values are stored as.
 type Stored = i16;
 
-/// Most buffers that are kept for reuse; a layer has fewer tensors at once.
+/// Most buffers that are kept for reuse; a step has fewer tensors at once.
 const SPARE_BUFFERS: usize = 16;
 
 /// Threads, and memory for results.
@@ -30,16 +30,13 @@ impl Cpu {
         Self { pool: Pool::new(threads), spare: RefCell::default() }
     }
 
-    /// A buffer of `len` numbers, whatever they are: one that had as many, which need not be filled, or else the smallest
-    /// that is large enough.
+    /// A buffer of `len` numbers, whatever they are: one that had as many, which need not be filled again, or a new one.
     fn buffer(&self, len: usize) -> Vec<f32> {
         let mut spare = self.spare.borrow_mut();
-        let fitting = spare.iter().enumerate().filter(|(_, buffer)| buffer.capacity() >= len);
-        let best = fitting.min_by_key(|(_, buffer)| (buffer.len() != len, buffer.capacity()));
-        let best = best.map(|(index, _)| index);
-        let mut buffer = best.map(|index| spare.swap_remove(index)).unwrap_or_default();
-        buffer.resize(len, 0.0);
-        buffer
+        match spare.iter().rposition(|buffer| buffer.len() == len) {
+            Some(index) => spare.remove(index),
+            None => vec![0.0; len],
+        }
     }
 
     /// Keeps a tensor's memory for later, if nobody else has the tensor.
@@ -55,9 +52,11 @@ impl Cpu {
     /// Keeps memory for later.
     fn keep(&self, buffer: Vec<f32>) {
         let mut spare = self.spare.borrow_mut();
-        if spare.len() < SPARE_BUFFERS {
-            spare.push(buffer);
+        if spare.len() == SPARE_BUFFERS {
+            // The one that nobody has wanted for the longest time.
+            spare.remove(0);
         }
+        spare.push(buffer);
     }
 }
 

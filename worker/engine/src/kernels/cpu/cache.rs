@@ -13,7 +13,9 @@
 //! largest value, where f16 has up to 5e-4 of each). The scales of a head, `[position]` in f32, lie behind its numbers,
 //! and are applied to sixteen scores or weights at a time.
 
-use super::lanes::Stored;
+use std::ops::Range;
+
+use super::lanes::{Lanes, Stored, on_isa};
 use super::pack::Shared;
 
 /// Shape of one layer's cache.
@@ -51,7 +53,7 @@ impl KvShape {
 }
 
 /// Numbers that are worth another thread.
-const WORTH: usize = 4096;
+const WORTH: usize = 1024;
 
 /// Which sequence each row of a step belongs to, and at which position it stands.
 #[derive(Clone, Copy, Debug)]
@@ -142,32 +144,54 @@ pub fn kv_write<E: Element>(
     let width = shape.heads * shape.head_dim;
     assert_eq!(new_keys.len(), rows.len() * width);
     assert_eq!(new_values.len(), rows.len() * width);
-    let (keys, values) = (Shared(keys.as_mut_ptr()), Shared(values.as_mut_ptr()));
+    let to = (Shared(keys.as_mut_ptr()), Shared(values.as_mut_ptr()));
+    // A head at a time, so that a block's keys stay in the first-level cache while its positions are written.
+    pool.split(shape.heads * rows.len(), WORTH.div_ceil(shape.head_dim), |range| {
+        write(pool.isa(), shape, rows, range, new_keys, new_values, to);
+    });
+}
+
+on_isa!(
+    /// Writes a range of the step's heads, counted head by head and row by row within.
+    fn write<E: Element>(
+        shape: &KvShape,
+        rows: &Rows<'_>,
+        range: Range<usize>,
+        new_keys: &[f32],
+        new_values: &[f32],
+        to: (Shared<E>, Shared<E>),
+    ) = write_body
+);
+
+#[inline(always)]
+fn write_body<L: Lanes, E: Element>(
+    shape: &KvShape,
+    rows: &Rows<'_>,
+    range: Range<usize>,
+    new_keys: &[f32],
+    new_values: &[f32],
+    (keys, values): (Shared<E>, Shared<E>),
+) {
     let (dim, value_dim) = (shape.head_dim, shape.value_dim());
-    let write = |head: usize, row: usize| {
+    for index in range {
+        let (head, row) = (index / rows.len(), index % rows.len());
         let position = rows.positions[row] as usize;
         let block = rows.tables[rows.sequences[row] as usize][position / shape.block] as usize;
         let place = position % shape.block;
-        let from = row * width + head * dim;
+        let from = (row * shape.heads + head) * dim;
         let key = keys.at((block * shape.heads + head) * shape.key_head::<E>());
         let value = values.at((block * shape.heads + head) * shape.value_head::<E>());
-        // SAFETY: `check` made sure that the block is there; a head of a position belongs to one row of a step and so to
-        // one task.
+        // SAFETY: `Rows::check` made sure that the block is there; a head of a position belongs to one row of a step and
+        // so to one task.
         unsafe {
             put(&new_keys[from..from + dim], key.add(place), shape.block, key.add(dim * shape.block), place);
             let to = value.add(place * value_dim);
             put(&new_values[from..from + dim], to, 1, value.add(value_dim * shape.block), place);
-            (dim..value_dim).for_each(|d| to.add(d).write(E::store(0.0)));
+            for d in dim..value_dim {
+                to.add(d).write(E::store(0.0));
+            }
         }
-    };
-    // A head at a time, so that a block's keys stay in the first-level cache while its positions are written. Few rows
-    // are not worth other threads.
-    let tasks = if rows.len() * width < WORTH { 1 } else { shape.heads };
-    pool.run(tasks, |task| {
-        for head in super::pool::share(shape.heads, tasks, task) {
-            (0..rows.len()).for_each(|row| write(head, row));
-        }
-    });
+    }
 }
 
 /// Stores the numbers of a position's head at `to`, `stride` apart, and their scale as number `place` of `scales`.
@@ -179,7 +203,10 @@ unsafe fn put<E: Element>(numbers: &[f32], to: *mut E, stride: usize, scales: *m
     let mut factor = 1.0;
     if E::SCALE > 0 {
         // Magnitudes compared as integers: a NaN is the largest.
-        let largest = numbers.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
+        let mut largest = 0;
+        for number in numbers {
+            largest = largest.max(number.to_bits() & 0x7fff_ffff);
+        }
         let (scale, inverse) = E::scale(f32::from_bits(largest));
         factor = inverse;
         // SAFETY: the caller's promise.
