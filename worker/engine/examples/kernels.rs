@@ -60,7 +60,7 @@ fn main() {
         let q = noise(n * WIDTH, 2);
         let mut out = vec![0.0; q.len()];
         let time = best(n, || (0..LAYERS).for_each(|layer| bench.run(&pool, layer, &q, &mut out)));
-        let read = (LAYERS * bench.sequences * context * 2 * KV * 4) as f64;
+        let read = (LAYERS * bench.sequences * context * 2 * (KV * 2 + SHAPE.heads * 4)) as f64;
         let share = read / time.as_secs_f64() / bandwidth;
         println!("{n:>5} {context:>8} {:>14.3} {:>9.0}%", millis(time), 100.0 * share);
     }
@@ -163,8 +163,8 @@ impl Model {
 
 /// A cache in which a step decodes `n` sequences of `context` positions, or a prompt of `n` is as long as its context.
 struct Attention {
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
+    keys: Vec<Vec<i16>>,
+    values: Vec<Vec<i16>>,
     tables: Vec<Vec<u32>>,
     sequences: usize,
     n: usize,
@@ -181,8 +181,8 @@ impl Attention {
         let mut bench = Self { keys: vec![], values: vec![], tables, sequences, n, context };
         let new = noise(context * KV, 3);
         for _ in 0..LAYERS {
-            let mut keys = vec![0.0; blocks * SHAPE.key_block()];
-            let mut values = vec![0.0; blocks * SHAPE.value_block()];
+            let mut keys = vec![0; blocks * SHAPE.key_block::<i16>()];
+            let mut values = vec![0; blocks * SHAPE.value_block::<i16>()];
             for sequence in 0..sequences {
                 let positions: Vec<u32> = (0..context as u32).collect();
                 let owners = vec![sequence as u32; context];

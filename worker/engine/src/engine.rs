@@ -266,7 +266,10 @@ impl Runner {
             return;
         }
         match catch_unwind(AssertUnwindSafe(|| self.model.forward(&self.batch))) {
-            Ok(mut logits) => self.sample(&mut logits),
+            Ok(mut logits) => {
+                self.sample(&mut logits);
+                self.model.recycle(logits);
+            }
             Err(panic) => self.recover(internal("computing", &*panic)),
         }
         self.pace.record(decoding, self.batch.rows(), start.elapsed());

@@ -30,9 +30,9 @@ pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
     let slots = options.slots.unwrap_or(DEFAULT_SLOTS).max(1);
     let wanted =
         options.context.map_or(config.context, |context| config.context.min(context as usize)).max(1);
-    let blocks = blocks(config, &options, wanted, slots as usize);
-    let context = wanted.min(blocks * BLOCK);
     let backend = options.backend.unwrap_or_else(best_backend);
+    let blocks = blocks(config, backend, &options, wanted, slots as usize);
+    let context = wanted.min(blocks * BLOCK);
     let mut info = ModelInfo {
         name: options.name.clone().unwrap_or_else(|| checkpoint.name()),
         revision: checkpoint.revision(),
@@ -126,11 +126,27 @@ fn load_on<B: Kernels>(
 
 /// How many blocks the cache gets: what was asked for, or what all slots could need, within a share of free memory; in any
 /// case room for one whole context if it was not asked for less.
-fn blocks(config: &ModelConfig, options: &LoadOptions, context: usize, slots: usize) -> usize {
+fn blocks(
+    config: &ModelConfig,
+    backend: BackendKind,
+    options: &LoadOptions,
+    context: usize,
+    slots: usize,
+) -> usize {
     if let Some(positions) = options.kv_positions {
         return (positions as usize).div_ceil(BLOCK).max(1);
     }
-    let block_bytes = BLOCK * config.layers * config.kv_heads * config.head_dim * 2 * size_of::<f32>();
+    let layer = match backend {
+        BackendKind::Cpu => Flex::cache_bytes,
+        #[cfg(feature = "wgpu")]
+        BackendKind::Wgpu => gpu::wgpu::Wgpu::cache_bytes,
+        #[cfg(feature = "cuda")]
+        BackendKind::Cuda => gpu::cuda::Cuda::cache_bytes,
+        // Loading will say that it is not there.
+        #[allow(unreachable_patterns)]
+        _ => Flex::cache_bytes,
+    };
+    let block_bytes = BLOCK * config.layers * layer(config.kv_heads, config.head_dim);
     let affordable = (free_memory().unwrap_or(ASSUMED_FREE) / CACHE_SHARE) as usize / block_bytes;
     let one = context.div_ceil(BLOCK);
     affordable.clamp(one, one * slots)

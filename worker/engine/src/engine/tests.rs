@@ -44,6 +44,8 @@ impl Model for Toy {
         logits
     }
 
+    fn recycle(&mut self, _: Vec<f32>) {}
+
     fn vocabulary(&self) -> usize {
         VOCABULARY
     }

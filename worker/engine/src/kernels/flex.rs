@@ -12,7 +12,10 @@ use super::cpu::{self, Angles, AttentionSpec, KvShape, Packed, Pool};
 use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Limits, Rotation, Step, Weight};
 use crate::weights::{Activation, TensorView};
 
-/// Most buffers that are kept for reuse; a layer has fewer tensors at once.
+/// What keys and values are stored as.
+type Stored = i16;
+
+/// Most buffers that are kept for reuse; a step has fewer tensors at once.
 const SPARE_BUFFERS: usize = 16;
 
 /// Threads, and memory for results.
@@ -27,14 +30,13 @@ impl Cpu {
         Self { pool: Pool::new(threads), spare: RefCell::default() }
     }
 
-    /// A buffer of `len` numbers, whatever they are: the smallest that is large enough.
+    /// A buffer of `len` numbers, whatever they are: one that had as many, which need not be filled again, or a new one.
     fn buffer(&self, len: usize) -> Vec<f32> {
         let mut spare = self.spare.borrow_mut();
-        let fitting = spare.iter().enumerate().filter(|(_, buffer)| buffer.capacity() >= len);
-        let best = fitting.min_by_key(|(_, buffer)| buffer.capacity()).map(|(index, _)| index);
-        let mut buffer = best.map(|index| spare.swap_remove(index)).unwrap_or_default();
-        buffer.resize(len, 0.0);
-        buffer
+        match spare.iter().rposition(|buffer| buffer.len() == len) {
+            Some(index) => spare.remove(index),
+            None => vec![0.0; len],
+        }
     }
 
     /// Keeps a tensor's memory for later, if nobody else has the tensor.
@@ -43,11 +45,18 @@ impl Cpu {
             return;
         }
         if let Ok(buffer) = tensor.into_data().into_vec() {
-            let mut spare = self.spare.borrow_mut();
-            if spare.len() < SPARE_BUFFERS {
-                spare.push(buffer);
-            }
+            self.keep(buffer);
         }
+    }
+
+    /// Keeps memory for later.
+    fn keep(&self, buffer: Vec<f32>) {
+        let mut spare = self.spare.borrow_mut();
+        if spare.len() == SPARE_BUFFERS {
+            // The one that nobody has wanted for the longest time.
+            spare.remove(0);
+        }
+        spare.push(buffer);
     }
 }
 
@@ -131,11 +140,16 @@ impl Kernels for Flex {
         outs.map(|out| wrap(out, [rows, widths.next().expect("as many as outputs")]))
     }
 
-    /// Keys `[blocks, heads, dim, BLOCK]`, values `[blocks, heads, BLOCK, dim]`.
+    /// As 16-bit integers with their scales, `[blocks, elements of a block]`; see [`KvShape`].
     fn cache(_: &Cpu, _: &FlexDevice, heads: &Heads, blocks: usize) -> KvLayer<Self> {
         let shape = kv_shape(heads);
-        let zeros = |block: usize| FlexTensor::zeros(Shape::new([blocks, block]), burn::tensor::DType::F32);
-        KvLayer { keys: zeros(shape.key_block()), values: zeros(shape.value_block()) }
+        let zeros = |block: usize| FlexTensor::zeros(Shape::new([blocks, block]), burn::tensor::DType::I16);
+        KvLayer { keys: zeros(shape.key_block::<Stored>()), values: zeros(shape.value_block::<Stored>()) }
+    }
+
+    fn cache_bytes(heads: usize, dim: usize) -> usize {
+        let shape = KvShape { block: BLOCK, heads, head_dim: dim };
+        (shape.key_block::<Stored>() + shape.value_block::<Stored>()) * size_of::<Stored>() / BLOCK
     }
 
     fn rope_append(
@@ -164,7 +178,7 @@ impl Kernels for Flex {
         let q = rotated(q, heads.queries, norms.map(|norms| &norms.query));
         let k = rotated(k, heads.keys, norms.map(|norms| &norms.key));
         let v = contiguous(bare(v));
-        cpu::kv_write::<f32>(
+        cpu::kv_write::<Stored>(
             &context.pool,
             &kv_shape(heads),
             cache.keys.storage_mut(),
@@ -190,7 +204,7 @@ impl Kernels for Flex {
         let spec =
             AttentionSpec { heads: heads.queries, scale: heads.scale, window: heads.window, softcap: None };
         let mut out = context.buffer(shape[0] * shape[1]);
-        cpu::attention::<f32>(
+        cpu::attention::<Stored>(
             &context.pool,
             &spec,
             &kv_shape(heads),
@@ -212,6 +226,10 @@ impl Kernels for Flex {
         context.recycle(gate);
         context.recycle(up);
         wrap(out, shape)
+    }
+
+    fn recycle(context: &Cpu, logits: Vec<f32>) {
+        context.keep(logits);
     }
 
     fn parallel(context: &Cpu, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -116,6 +116,11 @@ pub(crate) trait Kernels: Backend {
         plain::cache(device, heads, blocks)
     }
 
+    /// Bytes that [`cache`](Self::cache) takes for one position of a layer with `heads` key heads of width `dim`.
+    fn cache_bytes(heads: usize, dim: usize) -> usize {
+        2 * heads * dim * size_of::<f32>()
+    }
+
     /// Norms and rotates queries and keys, puts keys and values into the cache, and returns the queries.
     fn rope_append(
         _: &Self::Context,
@@ -158,5 +163,10 @@ pub(crate) trait Kernels: Backend {
     /// Brings rows of logits to the host, one after another.
     fn read(_: &Self::Context, logits: Tensor<Self, 2>) -> Vec<f32> {
         plain::read(logits)
+    }
+
+    /// Takes back what [`read`](Self::read) gave, whose memory may serve again.
+    fn recycle(_: &Self::Context, logits: Vec<f32>) {
+        drop(logits);
     }
 }

@@ -161,6 +161,10 @@ impl<B: Kernels> Model for Decoder<B> {
         B::read(context, logits)
     }
 
+    fn recycle(&mut self, logits: Vec<f32>) {
+        B::recycle(&self.context, logits);
+    }
+
     fn vocabulary(&self) -> usize {
         self.vocabulary
     }
@@ -176,7 +180,7 @@ impl<B: Kernels> Model for Decoder<B> {
             layer.output.add_to(&mut cost);
             layer.gate_up.add_to(&mut cost);
             layer.down.add_to(&mut cost);
-            cost.cache_bytes += 2 * layer.heads.keys * layer.heads.dim * size_of::<f32>();
+            cost.cache_bytes += B::cache_bytes(layer.heads.keys, layer.heads.dim);
         }
         self.head.add_to(&mut cost);
         cost

@@ -21,6 +21,9 @@ pub(crate) trait Model {
     /// [`Batch::outputs`], one row of [`vocabulary`](Self::vocabulary) numbers after another.
     fn forward(&mut self, batch: &Batch) -> Vec<f32>;
 
+    /// Takes back what [`forward`](Self::forward) gave: at many sequences, fresh memory for it would show.
+    fn recycle(&mut self, logits: Vec<f32>);
+
     /// Width of a row of logits.
     fn vocabulary(&self) -> usize;
 

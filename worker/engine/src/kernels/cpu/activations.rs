@@ -53,8 +53,8 @@ impl Activations {
         self.scales.resize(rows * blocks, RunScale::default());
         let (codes, scales) = (Shared(self.codes.as_mut_ptr()), Shared(self.scales.as_mut_ptr()));
         let run = kernel(pool.isa());
-        // Some twenty thousand values are worth another thread.
-        pool.split(rows * blocks, 640, |range| {
+        // Some three thousand values are worth another thread.
+        pool.split(rows * blocks, 96, |range| {
             // SAFETY: tasks get ranges of their own within the two vectors.
             let (codes, scales) = unsafe {
                 (

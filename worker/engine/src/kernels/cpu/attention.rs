@@ -82,8 +82,8 @@ pub fn attention<E: Element>(
     let width = spec.heads * shape.head_dim;
     assert_eq!(q.len(), rows.len() * width);
     assert_eq!(out.len(), q.len());
-    let blocks = keys.len() / shape.key_block();
-    assert!(values.len() / shape.value_block() >= blocks);
+    let blocks = keys.len() / shape.key_block::<E>();
+    assert!(values.len() / shape.value_block::<E>() >= blocks);
     rows.check(shape, blocks);
     let problem = Problem { spec, shape, keys, values, rows, q };
     let units = units(&problem);

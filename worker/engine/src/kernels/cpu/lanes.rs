@@ -24,9 +24,13 @@ pub(super) trait Lanes: Copy {
     /// 16 values at `from`.
     unsafe fn load_bf16(from: *const bf16) -> Self;
     /// # Safety
+    /// 16 values at `from`.
+    unsafe fn load_i16(from: *const i16) -> Self;
+    /// # Safety
     /// Room for 16 values at `to`.
     unsafe fn store(self, to: *mut f32);
-    /// Asks for the cache line at `at`, which need not be there.
+    /// Asks for the cache line at `at`, which need not be there, to be brought into the second-level cache: of requests for
+    /// the first, a processor keeps too few under way to read memory at its full speed.
     #[inline(always)]
     fn prefetch<T>(at: *const T) {
         let _ = at;
@@ -88,6 +92,31 @@ pub(super) trait Lanes: Copy {
     }
 }
 
+/// A number that lanes can be loaded from; public only because the public trait of the cache's numbers builds on it.
+pub trait Stored: Copy {
+    #[allow(private_bounds)]
+    /// # Safety
+    /// 16 values at `from`, and the instruction set of `L`.
+    unsafe fn load<L: Lanes>(from: *const Self) -> L;
+}
+
+macro_rules! stored {
+    ($type:ty, $load:ident) => {
+        impl Stored for $type {
+            #[allow(private_bounds)]
+            #[inline(always)]
+            unsafe fn load<L: Lanes>(from: *const Self) -> L {
+                // SAFETY: the caller's promise.
+                unsafe { L::$load(from) }
+            }
+        }
+    };
+}
+stored!(f32, load);
+stored!(f16, load_f16);
+stored!(bf16, load_bf16);
+stored!(i16, load_i16);
+
 /// The portable lanes: an array, for the compiler to vectorise.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -128,6 +157,11 @@ impl Lanes for Array {
     unsafe fn load_bf16(from: *const bf16) -> Self {
         // SAFETY: the caller's promise.
         Array(std::array::from_fn(|i| unsafe { from.add(i).read() }.to_f32()))
+    }
+    #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> Self {
+        // SAFETY: the caller's promise.
+        Array(std::array::from_fn(|i| f32::from(unsafe { from.add(i).read() })))
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -195,7 +229,7 @@ mod x86 {
         const REGISTERS: usize = 32;
         #[inline(always)]
         fn prefetch<T>(at: *const T) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
         }
         #[inline(always)]
         fn splat(value: f32) -> Self {
@@ -223,6 +257,10 @@ mod x86 {
         unsafe fn load_bf16(from: *const bf16) -> Self {
             let wide = unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())) };
             V512(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)) })
+        }
+        #[inline(always)]
+        unsafe fn load_i16(from: *const i16) -> Self {
+            V512(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast()))) })
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
@@ -277,7 +315,7 @@ mod x86 {
         const REGISTERS: usize = 8;
         #[inline(always)]
         fn prefetch<T>(at: *const T) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
         }
         #[inline(always)]
         fn splat(value: f32) -> Self {
@@ -314,6 +352,14 @@ mod x86 {
                 let a = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(a));
                 let b = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(b));
                 V256(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i16(from: *const i16) -> Self {
+            unsafe {
+                let (a, b) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
+                let wide = |half| _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half));
+                V256(wide(a), wide(b))
             }
         }
         #[inline(always)]

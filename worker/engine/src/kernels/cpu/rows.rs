@@ -8,7 +8,7 @@ use super::pool::Pool;
 use crate::weights::{Activation, RopeStyle};
 
 /// Values that are worth another thread.
-const WORTH: usize = 16_384;
+const WORTH: usize = 4096;
 
 /// Adds `y` to the residual stream `x`, then norms it: `x += y; out = rms_norm(x)`.
 ///

@@ -12,9 +12,9 @@ pub(super) const CHUNK: usize = 256;
 const QUERIES: usize = 6;
 /// Positions and dimensions of a vector.
 const WIDTH: usize = 16;
-/// Keys and values are asked for as many vectors of positions before they are used: some ten thousand bytes, as memory's
-/// latency wants it.
-const AHEAD: usize = 2;
+/// Keys and values are asked for as many bytes of each dimension before they are used: some ten thousand in all, as
+/// memory's latency wants it.
+const AHEAD: usize = 128;
 
 /// A thread's memory for one unit.
 #[derive(Default)]
@@ -154,13 +154,10 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
         // SAFETY: vectors `v` and `v + 1` hold positions that `Rows::check` found blocks for.
         unsafe {
             if v + 1 < whole.end {
-                let keys = [pages.keys(v), pages.keys(v + 1)];
-                let next = pages.ahead(v - whole.start, pages.keys(v));
-                scores::<L, E, Q, 2>(queries, keys, next, problem.shape.block, &mut scratch.weights, v);
+                scores::<L, E, Q, 2>(&pages, queries, &mut scratch.weights, v);
                 v += 2;
             } else {
-                let (keys, next) = ([pages.keys(v)], pages.ahead(v - whole.start, pages.keys(v)));
-                scores::<L, E, Q, 1>(queries, keys, next, problem.shape.block, &mut scratch.weights, v);
+                scores::<L, E, Q, 1>(&pages, queries, &mut scratch.weights, v);
                 v += 1;
             }
         }
@@ -169,6 +166,18 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
         let weights = &mut scratch.weights[q * CHUNK..][..CHUNK];
         let current = &mut scratch.current[q * scratch.state..][..2];
         (current[0], current[1]) = softmax::<L>(weights, span, &whole, problem.spec.softcap);
+    }
+    if E::SCALE > 0 {
+        for v in whole.clone() {
+            // SAFETY: as above; each query has `CHUNK` weights.
+            unsafe {
+                let scale = L::load(pages.value_scales(v));
+                for q in 0..Q {
+                    let weights = scratch.weights[q * CHUNK + v * WIDTH..][..WIDTH].as_mut_ptr();
+                    L::load(weights).mul(scale).store(weights);
+                }
+            }
+        }
     }
     let slab = if L::REGISTERS >= 32 { 4 } else { 2 };
     let vectors = problem.shape.value_dim() / WIDTH;
@@ -220,8 +229,28 @@ impl<E: Element> Pages<'_, E> {
     fn keys(&self, v: usize) -> *const E {
         let (block, place) = self.find(v);
         let shape = self.problem.shape;
-        let at = block * shape.key_block() + self.kv_head * shape.head_dim * shape.block + place;
+        let at = (block * shape.heads + self.kv_head) * shape.key_head::<E>() + place;
         self.problem.keys[at..].as_ptr()
+    }
+
+    /// Scales of the keys of vector `v`, if they have some.
+    #[inline(always)]
+    fn key_scales(&self, v: usize) -> *const f32 {
+        let (block, place) = self.find(v);
+        let shape = self.problem.shape;
+        let head = (block * shape.heads + self.kv_head) * shape.key_head::<E>();
+        let at = head + shape.head_dim * shape.block + E::SCALE * place;
+        self.problem.keys.as_ptr().wrapping_add(at).cast()
+    }
+
+    /// Scales of the values of vector `v`, if they have some.
+    #[inline(always)]
+    fn value_scales(&self, v: usize) -> *const f32 {
+        let (block, place) = self.find(v);
+        let shape = self.problem.shape;
+        let head = (block * shape.heads + self.kv_head) * shape.value_head::<E>();
+        let at = head + shape.value_dim() * shape.block + E::SCALE * place;
+        self.problem.values.as_ptr().wrapping_add(at).cast()
     }
 
     /// What to ask for while using the `step`th vector of this chunk, keys first, then values: the memory of the vector
@@ -229,7 +258,7 @@ impl<E: Element> Pages<'_, E> {
     #[inline(always)]
     fn ahead(&self, step: usize, instead: *const E) -> *const E {
         let (shape, count) = (self.problem.shape, self.whole.len());
-        let step = step + AHEAD;
+        let step = step + AHEAD / (WIDTH * size_of::<E>());
         let v = self.whole.start + step % count + step / (2 * count) * CHUNK / WIDTH;
         let end = self.table.len() * shape.block / WIDTH - self.chunk * CHUNK / WIDTH;
         if !self.fetch || v >= end {
@@ -239,8 +268,8 @@ impl<E: Element> Pages<'_, E> {
         } else {
             // A block's keys lie together; each vector of positions counts for an equal share of them.
             let (block, place) = self.find(v);
-            let at = block * shape.key_block() + (self.kv_head * shape.block + place) * shape.head_dim;
-            self.problem.keys[at..].as_ptr()
+            let head = (block * shape.heads + self.kv_head) * shape.key_head::<E>();
+            self.problem.keys[head + place * (shape.head_dim + E::SCALE)..].as_ptr()
         }
     }
 
@@ -249,7 +278,7 @@ impl<E: Element> Pages<'_, E> {
     fn values(&self, v: usize) -> *const E {
         let (block, place) = self.find(v);
         let shape = self.problem.shape;
-        let at = block * shape.value_block() + (self.kv_head * shape.block + place) * shape.value_dim();
+        let at = (block * shape.heads + self.kv_head) * shape.value_head::<E>() + place * shape.value_dim();
         self.problem.values[at..].as_ptr()
     }
 }
@@ -257,17 +286,23 @@ impl<E: Element> Pages<'_, E> {
 /// Scores of `Q` queries with `V` vectors of positions from vector `v` on.
 ///
 /// # Safety
-/// Each pointer in `keys` is to 16 positions of a head's keys in a cache with `block` positions a block.
+/// The vectors' positions are in the cache.
 #[inline(always)]
 unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
+    pages: &Pages<'_, E>,
     queries: &[f32],
-    keys: [*const E; V],
-    next: *const E,
-    block: usize,
     out: &mut [f32],
     v: usize,
 ) {
     let dim = queries.len() / Q;
+    let keys: [*const E; V] = std::array::from_fn(|i| pages.keys(v + i));
+    let next = pages.ahead(v - pages.whole.start, keys[0]);
+    if E::SCALE > 0 && pages.fetch {
+        for i in 0..V {
+            L::prefetch(pages.key_scales(v + i));
+            L::prefetch(pages.value_scales(v + i));
+        }
+    }
     let mut sums = [[L::splat(0.0); V]; Q];
     for d in 0..dim {
         for line in (0..V * WIDTH * size_of::<E>()).step_by(64) {
@@ -275,7 +310,7 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
         }
         // SAFETY: the caller's promise; queries are `Q * dim`.
         unsafe {
-            let keys: [L; V] = std::array::from_fn(|i| E::load(keys[i].add(d * block)));
+            let keys: [L; V] = std::array::from_fn(|i| E::load(keys[i].add(d * pages.problem.shape.block)));
             for (q, sums) in sums.iter_mut().enumerate() {
                 let query = L::splat(*queries.get_unchecked(q * dim + d));
                 for (sum, key) in sums.iter_mut().zip(keys) {
@@ -284,11 +319,14 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
             }
         }
     }
-    for (q, sums) in sums.into_iter().enumerate() {
-        for (i, sum) in sums.into_iter().enumerate() {
+    for i in 0..V {
+        // SAFETY: the caller's promise; scales are used only where there are some.
+        let scale = if E::SCALE > 0 { unsafe { L::load(pages.key_scales(v + i)) } } else { L::splat(1.0) };
+        for (q, sums) in sums.iter().enumerate() {
             let at = q * CHUNK + (v + i) * WIDTH;
+            let score = if E::SCALE > 0 { sums[i].mul(scale) } else { sums[i] };
             // SAFETY: 16 values.
-            unsafe { sum.store(out[at..at + WIDTH].as_mut_ptr()) }
+            unsafe { score.store(out[at..at + WIDTH].as_mut_ptr()) }
         }
     }
 }

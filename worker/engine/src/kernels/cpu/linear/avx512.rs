@@ -92,7 +92,7 @@ unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
     for block in 0..x.blocks {
         // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
         unsafe {
-            prefetch::<BITS, SCALES>(group.codes.as_ptr(), block);
+            prefetch::<BITS, SCALES, T>(group.codes.as_ptr(), block);
             let codes = group.codes.as_ptr().add(block * layout.code_bytes());
             let weights = unpack::<BITS>(codes);
             let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block);
@@ -126,16 +126,21 @@ unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
 }
 
 /// Asks for the share of block `block` in the memory that lies [`AHEAD`] of a group: its scales, too, and the next
-/// group's, since groups follow one another.
+/// group's, since groups follow one another. With several rows the first-level cache is theirs, so weights are only
+/// brought into the second.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch<const BITS: u32, const SCALES: u8>(group: *const u8, block: usize) {
+fn prefetch<const BITS: u32, const SCALES: u8, const T: usize>(group: *const u8, block: usize) {
     let layout = const { layout_of::<BITS, SCALES>() };
     let size = layout.code_bytes() + layout.scale_bytes(SUPER) / SUPER;
     for line in 0..size.div_ceil(64) {
         let at = group.wrapping_add(block * size + AHEAD + 64 * line);
         // Asking for memory that is not there does nothing.
-        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        if T <= 2 {
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T1>(at.cast());
+        }
     }
 }
 

@@ -4,9 +4,8 @@
 use half::{bf16, f16};
 
 use super::TILE;
-use crate::kernels::cpu::cache::Stored;
 use crate::kernels::cpu::isa::Isa;
-use crate::kernels::cpu::lanes::{Lanes, on_isa};
+use crate::kernels::cpu::lanes::{Lanes, Stored, on_isa};
 use crate::kernels::cpu::pack::LANES;
 use crate::weights::DType;
 
