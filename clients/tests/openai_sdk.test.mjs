@@ -32,6 +32,16 @@ test('the stream helper finds the final message', async () => {
   assert.equal(await stream.finalContent(), answer);
 });
 
+test('a schema is kept to', async () => {
+  const schema = {
+    type: 'object', properties: { capital: { enum: ['Paris', 'Rome'] } }, required: ['capital'], additionalProperties: false,
+  };
+  const completion = await client.chat.completions.create({
+    model, messages, temperature: 0, response_format: { type: 'json_schema', json_schema: { name: 'answer', schema } },
+  });
+  assert.deepEqual(JSON.parse(completion.choices[0].message.content), { capital: 'Paris' });
+});
+
 test('a stream can be aborted', async () => {
   const stream = await client.chat.completions.create({ model, messages, temperature: 1, stream: true, max_tokens: 4000 });
   for await (const chunk of stream) {

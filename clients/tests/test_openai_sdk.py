@@ -1,5 +1,6 @@
 """OpenAI's Python SDK, unchanged, against a running fleet (FLEET_URL)."""
 
+import json
 import os
 
 import openai
@@ -73,6 +74,35 @@ def test_a_seed_gives_the_same_text_again(client):
         )
 
     assert once().choices[0].message.content == once().choices[0].message.content
+
+
+def test_a_schema_is_kept_to(client):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "size": {"enum": ["small", "large"]}},
+        "required": ["city", "size"],
+        "additionalProperties": False,
+    }
+    completion = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, max_tokens=100,
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}},
+    )
+    assert completion.choices[0].finish_reason == "stop"
+    answer = json.loads(completion.choices[0].message.content)
+    assert answer.keys() == {"city", "size"}
+    assert isinstance(answer["city"], str) and len(answer["city"]) <= 20
+    assert answer["size"] in ("small", "large")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_makes_no_sense_is_a_bad_request(client, stream):
+    schema = {"type": "array", "uniqueItems": True}
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(
+            model=MODEL, messages=QUESTION, stream=stream,
+            response_format={"type": "json_schema", "json_schema": {"name": "bad", "schema": schema}},
+        )
+    assert "uniqueItems" in bad.value.message
 
 
 def test_stop(client):

@@ -203,7 +203,7 @@ fn remaining(job: &Job, now: OffsetDateTime, settings: &config::Coordinator) -> 
 }
 
 /// What makes two requests the same: hex SHA-256 of model, weights, prompt, every option, and whose they are. The seed
-/// counts only where it matters.
+/// counts only where it matters; in a response format the order of keys counts too, because properties come in a schema's.
 fn identity(job: &Job, revision: &str, tenant: &str) -> String {
     let mut options = job.options.clone();
     if options.temperature == Some(0.0) {
@@ -217,6 +217,7 @@ fn identity(job: &Job, revision: &str, tenant: &str) -> String {
         job.prompt.as_deref(),
         &job.messages,
         &options,
+        options.response_format.as_ref().map(ToString::to_string),
     ]);
     hex::encode(Sha256::digest(canonical_json(&value)))
 }
@@ -278,6 +279,7 @@ mod tests {
             (r#"{"prompt":"a","options":{"temperature":0}}"#, "other"),
             (r#"{"prompt":"a","options":{"temperature":0,"maxTokens":5}}"#, "t"),
             (r#"{"prompt":"a","options":{"temperature":0,"stop":"x"}}"#, "t"),
+            (r#"{"prompt":"a","options":{"temperature":0,"responseFormat":{"type":"json_object"}}}"#, "t"),
             (r#"{"prompt":"a","options":{"temperature":0.5,"seed":1}}"#, "t"),
             (r#"{"prompt":"a","options":{"temperature":0},"lane":"batch"}"#, "t"),
             (r#"{"messages":[{"role":"user","content":"a"}],"options":{"temperature":0}}"#, "t"),
@@ -289,5 +291,15 @@ mod tests {
             prepared(r#"{"prompt":"a","options":{"temperature":0},"cache":"off"}"#, "t").identity,
             None
         );
+        let with_properties = |properties: &str| {
+            let format = format!(
+                r#"{{"type":"json_schema","json_schema":{{"schema":{{"properties":{{{properties}}}}}}}}}"#
+            );
+            let body = format!(r#"{{"prompt":"a","options":{{"temperature":0,"responseFormat":{format}}}}}"#);
+            prepared(&body, "t").identity
+        };
+        assert_eq!(with_properties(r#""x":{},"y":{}"#), with_properties(r#""x":{},"y":{}"#));
+        assert_ne!(with_properties(r#""x":{},"y":{}"#), with_properties(r#""x":{},"y":true"#));
+        assert_ne!(with_properties(r#""x":{},"y":{}"#), with_properties(r#""y":{},"x":{}"#));
     }
 }

@@ -7,6 +7,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::outcome::{JobError, code};
+use crate::response_format::ResponseFormat;
 
 /// Who is in a hurry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -124,7 +125,7 @@ pub struct Options {
     /// -2 to 2.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frequency_penalty: Option<f64>,
-    /// Only `{"type": "text"}` so far.
+    /// What form the text must have: see [`ResponseFormat`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub response_format: Option<Value>,
     /// Whatever else came with them, e.g. the guide's `stream`.
@@ -407,14 +408,7 @@ impl Options {
                 ));
             }
         }
-        match self.response_format.as_ref().map(|f| f.get("type").and_then(Value::as_str)) {
-            None | Some(Some("text")) => Ok(()),
-            _ => Err(JobError::field(
-                code::INVALID_REQUEST,
-                "options.responseFormat",
-                "responseFormat: only {\"type\": \"text\"} is supported",
-            )),
-        }
+        self.response_format.as_ref().map_or(Ok(()), |format| ResponseFormat::parse(format).map(drop))
     }
 }
 
@@ -495,8 +489,8 @@ mod tests {
             (r#"{"prompt":"a","options":{"maxTokens":-1}}"#, "options.maxTokens"),
             (r#"{"prompt":"a","options":{"stop":["a","b","c","d","e"]}}"#, "options.stop"),
             (
-                r#"{"prompt":"a","options":{"responseFormat":{"type":"json_object"}}}"#,
-                "options.responseFormat",
+                r#"{"prompt":"a","options":{"responseFormat":{"type":"json_schema"}}}"#,
+                "options.responseFormat.json_schema",
             ),
             (r#"{"prompt":"a","lane":"fast"}"#, "lane"),
             (r#"{"prompt":"a","streamTo":"secrets"}"#, "streamTo"),

@@ -14,6 +14,7 @@ pub mod ports;
 pub mod postgres;
 pub mod rabbitmq;
 pub mod redis;
+pub mod response_format;
 pub mod telemetry;
 
 use std::sync::Arc;

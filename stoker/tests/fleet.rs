@@ -54,6 +54,56 @@ async fn a_model_goes_on_where_the_killed_worker_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_form_is_kept_by_the_successor_too() {
+    let mut fleet = Fleet::new(Services::configured()).await;
+    let url = fleet.coordinator().await;
+    let model = "SmolLM2-135M-Instruct";
+    let first = fleet.worker(&["--threads", "1"]).await;
+    let word = json!({"type": "string", "maxLength": 12});
+    let words = json!({"type": "array", "items": word, "minItems": 12, "maxItems": 12});
+    let form = |schema| json!({"type": "json_schema", "json_schema": {"name": "words", "schema": schema}});
+    let ask = || Streaming::formed(&url, model, "Name twelve animals.", 400, form(words.clone()));
+    let mut whole = ask().await;
+    whole.finish().await;
+    let animals: Vec<String> = serde_json::from_str(&whole.text).expect("it fits the schema");
+    assert_eq!(animals.len(), 12);
+    let mut stream = ask().await;
+    stream.read(whole.text.len() / 3).await;
+    // Stopped, it can't finish before its successor is up.
+    fleet.pause(first);
+    fleet.worker(&["--threads", "1"]).await;
+    fleet.kill(first);
+    stream.finish().await;
+    assert_eq!(stream.text, whole.text, "{}\n{}", stream.error, fleet.logs());
+
+    let senseless = form(json!({"type": "array", "uniqueItems": true}));
+    let mut body = json!({"model": model, "messages": [{"role": "user", "content": "Hi"}]});
+    body["response_format"] = senseless.clone();
+    let refused =
+        client().post(format!("{url}/v1/chat/completions")).json(&body).send().await.expect("an answer");
+    assert_eq!(refused.status(), 400);
+    let error = refused.json::<serde_json::Value>().await.expect("JSON")["error"].clone();
+    assert_eq!(
+        (&error["type"], &error["code"]),
+        (&json!("invalid_request_error"), &json!("invalid_request"))
+    );
+    assert!(error["message"].as_str().is_some_and(|m| m.contains("uniqueItems")), "{error}");
+
+    let job = json!({"model": model, "prompt": "Hi", "options": {"responseFormat": senseless}});
+    let accepted = client().post(format!("{url}/v1/jobs")).json(&job).send().await.expect("an answer");
+    let id =
+        accepted.json::<serde_json::Value>().await.expect("JSON")["id"].as_str().expect("an id").to_owned();
+    let sql = format!("SELECT error_code AS code FROM llm_requests WHERE job_id = '{id}'");
+    let ended = eventually(Duration::from_secs(30), async || {
+        let count = format!("SELECT count(*) AS rows FROM llm_requests WHERE job_id = '{id}'");
+        fleet.row(&count).await == json!({"rows": 1})
+    });
+    assert!(ended.await, "{}", fleet.logs());
+    assert_eq!(fleet.row(&sql).await, json!({"code": "invalid_request"}));
+    fleet.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_is_told_to_stop_hands_over() {
     let mut fleet = Fleet::new(Services::configured()).await;
     let url = fleet.coordinator().await;

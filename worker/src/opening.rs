@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 
-use stoker_engine::{ChatMessage, Priority, Prompt, Request, Sampling, SequenceId};
+use stoker_engine::{ChatMessage, Constraint, Priority, Prompt, Request, Sampling, SequenceId};
 use stoker_shared::job::{DEFAULT_TEMPERATURE, Job, Lane};
 use stoker_shared::outcome::FinishReason;
 use stoker_shared::ports::{LogHeader, Opened, Opening};
+use stoker_shared::response_format::ResponseFormat;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
@@ -118,11 +119,11 @@ fn end_early(attempt: &mut Attempt) {
     }
 }
 
-/// Gives attempts to their engines. An engine tokenizes the prompt on the thread that brings it: long ones go to threads
-/// of their own, so that nobody waits for them.
+/// Gives attempts to their engines. An engine tokenizes the prompt and compiles the response format on the thread that
+/// brings it: long prompts and formats go to threads of their own, so that nobody waits for them.
 fn submit(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>, Vec<u32>)>) {
-    let (long, short): (Vec<_>, Vec<_>) =
-        attempts.into_iter().partition(|(_, t, _)| t.body.len() > LONG_BODY);
+    let is_long = |t: &Ticket| t.body.len() > LONG_BODY || t.job.options.response_format.is_some();
+    let (long, short): (Vec<_>, Vec<_>) = attempts.into_iter().partition(|(_, t, _)| is_long(t));
     for (number, ticket, resume) in &short {
         ticket.served.engine.submit(request(ticket, *number, resume.clone()));
     }
@@ -171,12 +172,26 @@ fn request(ticket: &Ticket, number: u64, resume: Vec<u32>) -> Request {
         sampling,
         max_tokens: options.max_tokens.map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
         stop: options.stop.as_ref().map(|s| s.strings()).unwrap_or_default(),
+        constraint: constraint(&ticket.job),
         resume,
         priority: match ticket.lane {
             Lane::Interactive => Priority::Interactive,
             Lane::Batch => Priority::Batch,
         },
         deadline: ticket.deadline_instant(),
+    }
+}
+
+/// What the response format, which was checked when the job was read, asks of the text.
+fn constraint(job: &Job) -> Option<Constraint> {
+    match ResponseFormat::parse(job.options.response_format.as_ref()?).ok()? {
+        ResponseFormat::Text => None,
+        ResponseFormat::JsonObject => Some(Constraint::JsonObject),
+        ResponseFormat::JsonSchema(schema) => {
+            Some(Constraint::JsonSchema(serde_json::Value::Object(schema).to_string()))
+        }
+        ResponseFormat::Regex(regex) => Some(Constraint::Regex(regex)),
+        ResponseFormat::Grammar(grammar) => Some(Constraint::Lark(grammar)),
     }
 }
 

@@ -16,6 +16,7 @@ async fn a_chat_completion_has_openais_shape() {
     let mut body = chat("one two");
     body["user"] = "ann".into();
     body["metadata"] = json!({ "a": "b" });
+    body["response_format"] = json!({ "type": "regex", "regex": "( one| two)*" });
     let response = fleet.post("/v1/chat/completions", body).await;
     assert!(response.headers().contains_key("x-request-id"));
     let (status, reply) = json(response).await;
@@ -41,6 +42,7 @@ async fn a_chat_completion_has_openais_shape() {
     assert_eq!((&job["userId"], &job["metadata"]), (&json!("ann"), &json!({ "a": "b" })));
     assert_eq!(job["options"]["temperature"], 1.0);
     assert!(job["options"]["seed"].is_i64());
+    assert_eq!(job["options"]["responseFormat"], json!({ "type": "regex", "regex": "( one| two)*" }));
     assert_eq!(message.headers["x-stoker-once"], "1");
     assert_eq!(message.headers["x-stoker-coordinator"], fleet.coordinator.id());
     assert_eq!(job["streamTo"], format!("llm.tokens.{}", fleet.coordinator.id()));
@@ -133,6 +135,15 @@ async fn what_is_wrong_is_refused_by_name() {
         (json!({ "messages": messages, "n": 2 }), json!("n")),
         (json!({ "messages": messages, "logprobs": true }), json!("logprobs")),
         (json!({ "messages": messages, "lane": "fast" }), json!("lane")),
+        (json!({ "messages": messages, "response_format": "json" }), json!("response_format")),
+        (
+            json!({ "messages": messages, "response_format": { "type": "json_schema", "json_schema": { "name": "n" } } }),
+            json!("response_format.json_schema.schema"),
+        ),
+        (
+            json!({ "messages": messages, "response_format": { "type": "regex", "regex": 1 } }),
+            json!("response_format.regex"),
+        ),
         (json!({ "messages": [] }), json!("messages")),
         (json!({ "messages": "a" }), json!("messages")),
         (json!({}), json!("messages")),

@@ -48,9 +48,14 @@ async fn a_kept_answer_costs_no_worker_and_still_has_a_row() {
         eventually("a row of its own", || async { rows(&fleet, user).await == (1, 3) }).await;
     }
     assert_eq!(worker.started(), 1);
-    for (change, value) in
-        [("cache", json!("refresh")), ("cache", json!("off")), ("seed", json!(1)), ("top_k", json!(2))]
-    {
+    for (change, value) in [
+        ("cache", json!("refresh")),
+        ("cache", json!("off")),
+        ("seed", json!(1)),
+        ("top_k", json!(2)),
+        ("response_format", json!({ "type": "regex", "regex": "[ab ]*" })),
+        ("response_format", json!({ "type": "regex", "regex": "[ab ]+" })),
+    ] {
         let mut body = greedy("a b", "dan");
         body[change] = value;
         if change == "seed" {
@@ -58,7 +63,7 @@ async fn a_kept_answer_costs_no_worker_and_still_has_a_row() {
         }
         assert_eq!(fleet.post("/v1/chat/completions", body).await.status(), 200);
     }
-    assert_eq!(worker.started(), 5, "each of these is another request");
+    assert_eq!(worker.started(), 7, "each of these is another request");
 }
 
 #[tokio::test]

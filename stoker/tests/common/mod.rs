@@ -274,8 +274,13 @@ pub struct Streaming {
 impl Streaming {
     /// Asks for a streamed chat completion.
     pub async fn chat(url: &str, model: &str, prompt: &str, max_tokens: usize) -> Self {
+        Self::formed(url, model, prompt, max_tokens, json!({"type": "text"})).await
+    }
+
+    /// The same, for a text that must have a form.
+    pub async fn formed(url: &str, model: &str, prompt: &str, max_tokens: usize, form: Value) -> Self {
         let body = json!({"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-                          "max_tokens": max_tokens, "stream": true, "cache": "off"});
+                          "max_tokens": max_tokens, "stream": true, "cache": "off", "response_format": form});
         let response =
             client().post(format!("{url}/v1/chat/completions")).json(&body).send().await.expect("an answer");
         assert!(response.status().is_success(), "{}: {:?}", response.status(), response.text().await);

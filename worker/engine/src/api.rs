@@ -68,6 +68,22 @@ pub enum Priority {
     Batch,
 }
 
+/// What a text must be, in the end; on the way to it, tokens that lead elsewhere are not chosen.
+///
+/// A text that `max_tokens` or a stop string cuts is the beginning of such a one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Constraint {
+    /// A JSON object.
+    JsonObject,
+    /// JSON that fits a schema: the schema, as JSON text, an object. Properties come in the schema's order. What the
+    /// library can't enforce is refused by name.
+    JsonSchema(String),
+    /// A text that matches a regular expression from its beginning to its end.
+    Regex(String),
+    /// A text of a grammar in llguidance's variant of Lark's syntax.
+    Lark(String),
+}
+
 /// One generation.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -81,6 +97,8 @@ pub struct Request {
     pub max_tokens: Option<u32>,
     /// Text at which generation ends; not part of the output. May span token borders.
     pub stop: Vec<String>,
+    /// What the text must be. The end-of-generation token is allowed where it is that, and nowhere else.
+    pub constraint: Option<Constraint>,
     /// Tokens that an earlier attempt generated. They are put after the prompt, run through detokenizer and stop
     /// matcher without being emitted again, and generation goes on at the next position with the random numbers
     /// it would have had. Text released for a prefix of tokens depends on that prefix alone.
@@ -121,7 +139,7 @@ pub struct RequestError {
 pub enum RequestErrorKind {
     /// Prompt (and resume) leave no room in the context.
     ContextLength,
-    /// Another fault of the request, e.g. messages that the chat template refuses.
+    /// Another fault of the request, e.g. messages that the chat template refuses, or a constraint that makes no sense.
     Invalid,
     /// A fault of the engine.
     Internal,

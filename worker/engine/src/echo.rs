@@ -2,7 +2,8 @@
 //!
 //! The fleet around an engine is measured and tested with it: it costs nothing, its text is a function of the prompt
 //! alone, so that a mixed-up, lost or repeated token shows, and it keeps every promise of [`Engine`]: requests step
-//! together, resume, stop, expire and are cancelled as in a real one.
+//! together, resume, stop, expire and are cancelled as in a real one. Only constraints are not its business: it says what
+//! the prompt says.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -344,6 +345,7 @@ mod tests {
             sampling: Sampling::default(),
             max_tokens: Some(max_tokens),
             stop: Vec::new(),
+            constraint: None,
             resume: Vec::new(),
             priority: Priority::Interactive,
             deadline: None,

@@ -265,7 +265,7 @@ impl Runner {
         if self.batch.rows() == 0 {
             return;
         }
-        match catch_unwind(AssertUnwindSafe(|| self.model.forward(&self.batch))) {
+        match catch_unwind(AssertUnwindSafe(|| self.forward())) {
             Ok(mut logits) => {
                 self.sample(&mut logits);
                 self.model.recycle(logits);
@@ -274,6 +274,20 @@ impl Runner {
         }
         self.pace.record(decoding, self.batch.rows(), start.elapsed());
         self.gauges.steps.fetch_add(1, Relaxed);
+    }
+
+    /// The model's work, and beside it that of grammars: which tokens they allow depends on the tokens before alone, so it is
+    /// found out while the device is busy.
+    fn forward(&mut self) -> Vec<f32> {
+        let guides = self.scheduler.stepped().filter_map(Sequence::guide);
+        let mut guides: Vec<_> = guides.filter(|guide| !guide.is_ready()).collect();
+        if guides.is_empty() {
+            return self.model.forward(&self.batch);
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(move || guides.iter_mut().for_each(|guide| guide.look_ahead()));
+            self.model.forward(&self.batch)
+        })
     }
 
     /// Gives each sequence whose last token was computed its next one. Tokens are chosen side by side: at 16 sequences of a
@@ -288,7 +302,8 @@ impl Runner {
             // Only this task takes the lock, so nobody has poisoned it.
             let mut row = rows[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             let token = catch_unwind(AssertUnwindSafe(|| due[index].choose(&mut row)));
-            let _ = chosen[index].set(token.map_err(|panic| internal("choosing a token", &*panic)));
+            let token = token.unwrap_or_else(|panic| Err(internal("choosing a token", &*panic)));
+            let _ = chosen[index].set(token);
         });
         self.gauges.tokens.fetch_add(due.len() as u64, Relaxed);
         for (sequence, chosen) in due.into_iter().zip(chosen) {

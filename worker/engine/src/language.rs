@@ -1,5 +1,8 @@
-//! The part of a model that deals in text: tokenizer and chat template.
+//! The part of a model that deals in text: tokenizer, chat template, and grammars over its tokens.
 
+use std::sync::OnceLock;
+
+use crate::guide::Grammars;
 use crate::sequence::Sequence;
 use crate::{ChatTemplate, Prompt, Request, RequestError, RequestErrorKind, Tokenizer};
 
@@ -8,10 +11,17 @@ pub(crate) struct Language {
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
     /// Conversations to text.
-    pub template: ChatTemplate,
+    template: ChatTemplate,
+    /// Made for the first request with a constraint: it takes longer than all else here.
+    grammars: OnceLock<Grammars>,
 }
 
 impl Language {
+    /// Puts the parts together.
+    pub fn new(tokenizer: Tokenizer, template: ChatTemplate) -> Self {
+        Self { tokenizer, template, grammars: OnceLock::new() }
+    }
+
     /// Makes a sequence of a request, in a context of `context` tokens.
     pub fn prepare(&self, request: Request, context: usize) -> Result<Sequence, RequestError> {
         let prompt = match &request.prompt {
@@ -27,7 +37,9 @@ impl Language {
         if prompt.len() >= context {
             return Err(too_long(&prompt.len().to_string(), context));
         }
-        Ok(Sequence::new(request, prompt, &self.tokenizer, context))
+        let grammars = || self.grammars.get_or_init(|| Grammars::new(&self.tokenizer));
+        let guide = request.constraint.as_ref().map(|constraint| grammars().guide(constraint)).transpose()?;
+        Ok(Sequence::new(request, prompt, guide, &self.tokenizer, context))
     }
 
     /// Control tokens count as such only in what a template wrote.
@@ -48,7 +60,7 @@ fn too_long(tokens: &str, context: usize) -> RequestError {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::sync::{Arc, OnceLock};
+    use std::sync::Arc;
 
     use super::*;
     use crate::weights::Checkpoint;
@@ -58,10 +70,7 @@ pub(crate) mod tests {
         static LANGUAGE: OnceLock<Arc<Language>> = OnceLock::new();
         let load = || {
             let checkpoint = Checkpoint::open(&crate::common::smollm2()).unwrap();
-            Arc::new(Language {
-                tokenizer: checkpoint.tokenizer().unwrap(),
-                template: checkpoint.template().unwrap(),
-            })
+            Arc::new(Language::new(checkpoint.tokenizer().unwrap(), checkpoint.template().unwrap()))
         };
         LANGUAGE.get_or_init(load).clone()
     }

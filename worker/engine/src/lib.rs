@@ -9,6 +9,7 @@ pub mod bench;
 mod detokenize;
 mod echo;
 mod engine;
+mod guide;
 pub mod kernels;
 mod kv;
 mod language;

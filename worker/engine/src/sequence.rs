@@ -6,10 +6,11 @@
 
 use std::time::Instant;
 
+use crate::guide::Guide;
 use crate::kv::Table;
 use crate::{
-    Detokenizer, Event, Finish, FinishReason, Priority, Request, Sampling, SequenceId, StopMatcher,
-    TokenCounts, Tokenizer, Usage, sample,
+    Detokenizer, Event, Finish, FinishReason, Priority, Request, RequestError, Sampling, SequenceId,
+    StopMatcher, TokenCounts, Tokenizer, Usage, sample,
 };
 
 /// A request that has been understood.
@@ -39,6 +40,8 @@ pub(crate) struct Sequence {
     sampling: Sampling,
     /// How often each token was generated, for the penalties.
     counts: TokenCounts,
+    /// Keeps the new tokens within a grammar.
+    guide: Option<Guide>,
     text: TextStream,
     /// What the running step adds to its event.
     step: Output,
@@ -54,8 +57,14 @@ struct Output {
 
 impl Sequence {
     /// Takes over a request whose prompt is `prompt`: at least one token, and fewer than `context`, the most tokens that a
-    /// sequence may have.
-    pub fn new(request: Request, prompt: Vec<u32>, tokenizer: &Tokenizer, context: usize) -> Self {
+    /// sequence may have. `guide`: that of the request's constraint, at its beginning.
+    pub fn new(
+        request: Request,
+        prompt: Vec<u32>,
+        guide: Option<Guide>,
+        tokenizer: &Tokenizer,
+        context: usize,
+    ) -> Self {
         let most = request.max_tokens.map_or(usize::MAX, |most| most as usize);
         let mut sequence = Self {
             id: request.id,
@@ -71,6 +80,7 @@ impl Sequence {
             tokens: prompt,
             sampling: request.sampling,
             counts: TokenCounts::new(),
+            guide,
             text: TextStream::new(&request.stop),
             step: Output::default(),
             cached_prompt: 0,
@@ -115,10 +125,21 @@ impl Sequence {
         self.cached_prompt = self.cached_prompt.max(positions.min(self.prompt) as u32);
     }
 
+    /// Its guide, if it has one.
+    pub fn guide(&mut self) -> Option<&mut Guide> {
+        self.guide.as_mut()
+    }
+
     /// Chooses the next token from the logits behind the last one; they are overwritten.
-    pub fn choose(&self, logits: &mut [f32]) -> u32 {
+    ///
+    /// # Errors
+    /// The request's, if its grammar can't be followed any further.
+    pub fn choose(&self, logits: &mut [f32]) -> Result<u32, RequestError> {
+        if let Some(guide) = &self.guide {
+            guide.mask(logits)?;
+        }
         let position = (self.tokens.len() - self.prompt) as u64;
-        sample(logits, &self.sampling, &self.counts, position)
+        Ok(sample(logits, &self.sampling, &self.counts, position))
     }
 
     /// Takes the chosen token.
@@ -139,8 +160,13 @@ impl Sequence {
         self.step.text.push_str(&text);
         if stopped {
             self.ended = Some(FinishReason::Stop);
-        } else if self.tokens.len() >= self.limit {
-            self.end(FinishReason::Length);
+            return;
+        }
+        match self.guide.as_mut().map_or(Ok(false), |guide| guide.accept(token)) {
+            Err(error) => self.end(FinishReason::Error(error)),
+            Ok(true) => self.end(FinishReason::Stop),
+            Ok(false) if self.tokens.len() >= self.limit => self.end(FinishReason::Length),
+            Ok(false) => {}
         }
     }
 

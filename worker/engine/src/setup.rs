@@ -25,7 +25,7 @@ const ASSUMED_FREE: u64 = 8 << 30;
 /// Does all that [`load`](crate::load) promises, on the engine's thread.
 pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
     let checkpoint = Checkpoint::open(&options.path)?;
-    let language = Language { tokenizer: checkpoint.tokenizer()?, template: checkpoint.template()? };
+    let language = Language::new(checkpoint.tokenizer()?, checkpoint.template()?);
     let config = checkpoint.config();
     let slots = options.slots.unwrap_or(DEFAULT_SLOTS).max(1);
     let wanted =

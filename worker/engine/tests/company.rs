@@ -20,6 +20,7 @@ fn requests() -> Vec<Request> {
         sampling: Sampling { temperature: (id % 2) as f32, seed: 1000 + id, ..Sampling::default() },
         max_tokens: Some(40),
         stop: Vec::new(),
+        constraint: None,
         resume: Vec::new(),
         priority: if id == 3 { Priority::Batch } else { Priority::Interactive },
         deadline: None,

@@ -166,6 +166,7 @@ fn refused<T>(param: &str, message: &str) -> Result<T, JobError> {
 /// An error about a job's field, with the name that the field has in OpenAI's bodies.
 pub fn in_their_words(mut error: JobError, max_completion_tokens: bool) -> JobError {
     let Some(ours) = error.param.as_deref().and_then(|p| p.strip_prefix("options.")) else { return error };
+    let (ours, inside) = ours.split_at(ours.find('.').unwrap_or(ours.len()));
     let theirs = match ours {
         "maxTokens" if max_completion_tokens => "max_completion_tokens",
         "maxTokens" => "max_tokens",
@@ -178,7 +179,7 @@ pub fn in_their_words(mut error: JobError, max_completion_tokens: bool) -> JobEr
         same => same,
     };
     error.message = error.message.replace(ours, theirs);
-    error.param = Some(theirs.to_owned());
+    error.param = Some(format!("{theirs}{inside}"));
     error
 }
 
@@ -201,8 +202,13 @@ mod tests {
                 "max_completion_tokens",
             ),
             (
-                r#"{"messages":[{"role":"user","content":"a"}],"response_format":{"type":"json_object"}}"#,
-                "response_format",
+                r#"{"messages":[{"role":"user","content":"a"}],"response_format":{"type":"xml"}}"#,
+                "response_format.type",
+            ),
+            (
+                r#"{"messages":[{"role":"user","content":"a"}],
+                    "response_format":{"type":"json_schema","json_schema":{"name":"n","schema":7}}}"#,
+                "response_format.json_schema.schema",
             ),
             (r#"{"messages":[{"role":"user","content":7}]}"#, "messages[0].content"),
             (r#"{"messages":[]}"#, "messages"),
@@ -227,7 +233,7 @@ mod tests {
             {"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}],
             "stream":true,"stream_options":{"include_usage":true},"max_completion_tokens":5,"seed":3,"stop":"x",
             "user":"u","top_k":4,"min_p":0.1,"lane":"batch","cache":"off","metadata":{"a":"b"},"logprobs":false,
-            "n":1,"parallel_tool_calls":true,"temperature":null}"#;
+            "n":1,"parallel_tool_calls":true,"temperature":null,"response_format":{"type":"json_object"}}"#;
         let Asked { job, stream, include_usage } = chat(body.as_bytes()).unwrap();
         assert!(stream && include_usage);
         assert_eq!(job.messages.as_ref().unwrap()[1].content.text(), "ab");
@@ -239,6 +245,7 @@ mod tests {
             (job.lane, job.cache, job.user_id.as_deref()),
             (Lane::Batch, Some(CachePolicy::Off), Some("u"))
         );
+        assert_eq!(job.options.response_format, Some(serde_json::json!({ "type": "json_object" })));
         assert_eq!(completion(br#"{"prompt":["a"]}"#).unwrap().job.prompt.as_deref(), Some("a"));
     }
 }

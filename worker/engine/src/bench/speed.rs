@@ -122,12 +122,14 @@ impl Bench {
             sampling: Sampling::default(),
             max_tokens: Some(tokens as u32),
             stop: Vec::new(),
+            constraint: None,
             resume: Vec::new(),
             priority: Priority::Interactive,
             deadline: None,
         };
         let tokenizer = &self.handle.language().tokenizer;
-        let mut sequence = Sequence::new(request, prompt, tokenizer, self.handle.info().context as usize);
+        let context = self.handle.info().context as usize;
+        let mut sequence = Sequence::new(request, prompt, None, tokenizer, context);
         sequence.endless = true;
         self.handle.submit_sequence(sequence);
     }

@@ -11,7 +11,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
-use crate::{Priority, Prompt, Sampling};
+use crate::{Constraint, Priority, Prompt, Sampling};
 
 const VOCABULARY: usize = 128;
 const CONTEXT: usize = 200;
@@ -140,6 +140,7 @@ fn request(id: u64, prompt: &str) -> Request {
         sampling: Sampling::default(),
         max_tokens: Some(20),
         stop: Vec::new(),
+        constraint: None,
         resume: Vec::new(),
         priority: Priority::Interactive,
         deadline: None,
@@ -195,6 +196,10 @@ fn any_request(random: &mut StdRng, id: u64) -> Request {
     }
     if random.random_bool(0.3) {
         request.priority = Priority::Batch;
+    }
+    if random.random_bool(0.2) {
+        request.constraint =
+            Some(Constraint::Regex(format!("[a-m]+[n-z]{{1,{}}}", random.random_range(2..20))));
     }
     request
 }

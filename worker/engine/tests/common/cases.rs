@@ -57,6 +57,7 @@ impl Case {
             sampling: Sampling::default(),
             max_tokens: Some(64),
             stop: Vec::new(),
+            constraint: None,
             resume: Vec::new(),
             priority: Priority::Interactive,
             deadline: None,
