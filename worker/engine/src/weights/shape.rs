@@ -212,7 +212,8 @@ mod tests {
                 super::super::TensorView { dtype: format, shape: vec![count], data: &bytes }.dequantize();
             let mean = values.iter().sum::<f32>() / count as f32;
             let deviation = (values.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / count as f32).sqrt();
-            assert!(mean.abs() < 2e-3, "{}: mean {mean}", format.name());
+            // Codes with a sign have one value more below 0 than above.
+            assert!(mean.abs() < 3e-3, "{}: mean {mean}", format.name());
             assert!((0.018..0.022).contains(&deviation), "{}: deviation {deviation}", format.name());
         }
     }
