@@ -189,7 +189,7 @@ fn unknown_variables_of_ours_are_told_what_was_meant() {
         ("STOKER_WORKER_SLOT", "STOKER_WORKER_SLOTS"),
         ("STOKER_DATADIR", "STOKER_DATA_DIR"),
         ("STOKER_CONF", "STOKER_CONFIG"),
-        ("STOKER_CPU", "STOKER_CPU_ISA"),
+        ("STOKER_CPU_IAS", "STOKER_CPU_ISA"),
         ("STOKER_WARNINGS", "STOKER_"),
     ] {
         let error = env(&[(name, "1")]).unwrap_err();
