@@ -20,8 +20,9 @@ const COMMON: [(&str, &str); 6] = [
 /// What our own variables start with.
 pub(super) const PREFIX: &str = "STOKER_";
 
-/// Variables that commands read themselves: which file to load, and where a coordinator is.
-const OF_COMMANDS: [&str; 2] = ["STOKER_CONFIG", "STOKER_URL"];
+/// Variables that commands read themselves: which file to load, where a coordinator is, and which instruction set the CPU's
+/// kernels use.
+const OF_COMMANDS: [&str; 3] = ["STOKER_CONFIG", "STOKER_URL", "STOKER_CPU_ISA"];
 
 /// This process's variables, without those that are not Unicode: none of ours is.
 pub fn environment() -> impl Iterator<Item = (String, String)> {

@@ -189,10 +189,18 @@ fn unknown_variables_of_ours_are_told_what_was_meant() {
         ("STOKER_WORKER_SLOT", "STOKER_WORKER_SLOTS"),
         ("STOKER_DATADIR", "STOKER_DATA_DIR"),
         ("STOKER_CONF", "STOKER_CONFIG"),
+        ("STOKER_CPU_IAS", "STOKER_CPU_ISA"),
         ("STOKER_WARNINGS", "STOKER_"),
     ] {
         let error = env(&[(name, "1")]).unwrap_err();
         assert!(error.starts_with(&format!("unknown variable {name}; did you mean {nearest}")), "{error}");
+    }
+}
+
+#[test]
+fn variables_of_commands_are_none_of_the_configurations() {
+    for name in ["STOKER_CONFIG", "STOKER_URL", "STOKER_CPU_ISA"] {
+        assert_eq!(env(&[(name, "avx2")]).unwrap(), env(&[]).unwrap());
     }
 }
 

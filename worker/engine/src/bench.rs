@@ -1,12 +1,17 @@
 //! The engine's own measurements: what a model says, and how fast.
 
+mod quality;
+mod reference;
 mod speed;
 
-pub use speed::{Measurement, SpeedOptions, speed};
+pub use quality::{Quality, TEXT, quality};
+pub use speed::{Measurement, SpeedOptions, speed, speed_of_shape};
 
 use crate::batch::Batch;
 use crate::engine::Ready;
 use crate::kernels::BLOCK;
+use crate::kernels::cpu::Isa;
+use crate::weights::Checkpoint;
 use crate::{LoadError, LoadOptions, ModelInfo, setup};
 
 /// A model without an engine, for looking at its logits.
@@ -17,7 +22,13 @@ pub struct Probe {
 impl Probe {
     /// Loads a model onto the calling thread.
     pub fn load(options: LoadOptions) -> Result<Self, LoadError> {
-        Ok(Self { ready: setup::set_up(options)? })
+        Self::load_on(Isa::best(), options)
+    }
+
+    /// The same, with the CPU's kernels of one instruction set.
+    pub(crate) fn load_on(isa: Isa, options: LoadOptions) -> Result<Self, LoadError> {
+        let checkpoint = Checkpoint::open(&options.path)?;
+        Ok(Self { ready: setup::set_up_checkpoint(checkpoint, isa, options)? })
     }
 
     /// What it is.

@@ -69,6 +69,9 @@ pub enum LoadError {
     /// The backend is not compiled in or has no device.
     #[error("{0}")]
     Backend(String),
+    /// There is too little memory.
+    #[error("{0}")]
+    Memory(String),
 }
 
 /// Settings of the engine without a model.

@@ -6,6 +6,7 @@ use burn_flex::{Flex, FlexDevice};
 
 use crate::batch::Batch;
 use crate::engine::Ready;
+use crate::kernels::cpu::Isa;
 use crate::kernels::flex::Cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 use crate::kernels::gpu;
@@ -24,7 +25,15 @@ const ASSUMED_FREE: u64 = 8 << 30;
 
 /// Does all that [`load`](crate::load) promises, on the engine's thread.
 pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
-    let checkpoint = Checkpoint::open(&options.path)?;
+    set_up_checkpoint(Checkpoint::open(&options.path)?, Isa::best(), options)
+}
+
+/// The same for weights that are there already, with the CPU's kernels of one instruction set.
+pub(crate) fn set_up_checkpoint(
+    checkpoint: Checkpoint,
+    isa: Isa,
+    options: LoadOptions,
+) -> Result<Ready, LoadError> {
     let language = Language::new(checkpoint.tokenizer()?, checkpoint.template()?);
     let config = checkpoint.config();
     let slots = options.slots.unwrap_or(DEFAULT_SLOTS).max(1);
@@ -43,13 +52,13 @@ pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
         device: String::new(),
         slots,
     };
-    let mut model = on_backend(backend, checkpoint, options, blocks, &mut info)?;
+    let mut model = on_backend(backend, isa, checkpoint, options, blocks, &mut info)?;
     warm_up(&mut *model);
     Ok(Ready { model, language: Arc::new(language), info, blocks })
 }
 
 /// The best backend that is compiled in and has a device of its own.
-fn best_backend() -> BackendKind {
+pub(crate) fn best_backend() -> BackendKind {
     #[cfg(feature = "cuda")]
     if gpu::cuda::device().is_ok() {
         return BackendKind::Cuda;
@@ -64,6 +73,7 @@ fn best_backend() -> BackendKind {
 /// Loads the weights on the chosen backend.
 fn on_backend(
     backend: BackendKind,
+    isa: Isa,
     checkpoint: Checkpoint,
     options: LoadOptions,
     blocks: usize,
@@ -73,7 +83,7 @@ fn on_backend(
         BackendKind::Cpu => {
             info.backend = "cpu".into();
             info.device = cpu_name();
-            load_on::<Flex>(Cpu::new(threads(&options)), FlexDevice, checkpoint, options, blocks)
+            load_on::<Flex>(Cpu::with_isa(threads(&options), isa), FlexDevice, checkpoint, options, blocks)
         }
         #[cfg(feature = "wgpu")]
         BackendKind::Wgpu => {
@@ -153,7 +163,7 @@ fn blocks(
 }
 
 /// Bytes of memory that are available, where the system says.
-fn free_memory() -> Option<u64> {
+pub(crate) fn free_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? << 10)

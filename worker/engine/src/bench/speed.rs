@@ -10,12 +10,15 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
 
-use crate::engine::{self, Handle};
+use crate::engine::{self, Handle, Ready};
+use crate::kernels::cpu::Isa;
 use crate::kernels::{BLOCK, Limits};
 use crate::model::Cost;
 use crate::sequence::Sequence;
+use crate::weights::{Checkpoint, DType, Shape};
 use crate::{
-    Engine, Event, LoadError, LoadOptions, ModelInfo, Priority, Prompt, Request, Sampling, SequenceId, setup,
+    BackendKind, Engine, Event, LoadError, LoadOptions, ModelInfo, Priority, Prompt, Request, Sampling,
+    SequenceId, setup,
 };
 
 /// What to measure.
@@ -50,11 +53,60 @@ pub struct Measurement {
     pub repetitions: usize,
 }
 
-/// Measures, and reports each result when it is there.
+/// Measures the model that `load` names, and reports each result when it is there.
 ///
 /// # Errors
 /// If the model can't be loaded.
 pub fn speed(
+    load: LoadOptions,
+    options: &SpeedOptions,
+    report: &mut dyn FnMut(Measurement),
+) -> Result<ModelInfo, LoadError> {
+    measure(setup::set_up, load, options, report)
+}
+
+/// The same for a model of random weights; the path in `load` is ignored. `format`: of its matrices; `None`: Q4_1 on the
+/// CPU, BF16 elsewhere.
+///
+/// # Errors
+/// If the format does not fit the shape, or the memory is too small for both.
+pub fn speed_of_shape(
+    shape: &'static Shape,
+    format: Option<DType>,
+    load: LoadOptions,
+    options: &SpeedOptions,
+    report: &mut dyn FnMut(Measurement),
+) -> Result<ModelInfo, LoadError> {
+    let set_up = move |mut load: LoadOptions| {
+        let backend = *load.backend.get_or_insert_with(setup::best_backend);
+        let on_cpu = backend == BackendKind::Cpu;
+        let format = format.unwrap_or(if on_cpu { DType::Q4_1 } else { DType::BF16 });
+        if on_cpu {
+            check_memory(shape, format, load.kv_positions.unwrap_or_default())?;
+        }
+        load.name = Some(shape.name.into());
+        setup::set_up_checkpoint(Checkpoint::random(shape, format)?, Isa::best(), load)
+    };
+    measure(set_up, load, options, report)
+}
+
+/// Refuses what would drive the system out of memory.
+fn check_memory(shape: &Shape, format: DType, positions: u64) -> Result<(), LoadError> {
+    let needed = shape.memory(format, positions)? + MEASURING;
+    let Some(free) = setup::free_memory().filter(|&free| free < needed) else { return Ok(()) };
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    Err(LoadError::Memory(format!(
+        "{} in {} takes {:.1} GB of memory with its cache, and {:.1} GB are free: choose a smaller shape or format, or fewer \
+         or shorter sequences",
+        shape.name,
+        format.name(),
+        gb(needed),
+        gb(free)
+    )))
+}
+
+fn measure(
+    set_up: impl FnOnce(LoadOptions) -> Result<Ready, LoadError> + Send + 'static,
     mut load: LoadOptions,
     options: &SpeedOptions,
     report: &mut dyn FnMut(Measurement),
@@ -66,7 +118,7 @@ pub fn speed(
     let (sender, events) = mpsc::channel();
     let (facts, known) = mpsc::channel();
     let set_up = move || {
-        let ready = setup::set_up(load)?;
+        let ready = set_up(load)?;
         let _ = facts.send((ready.model.cost(), ready.model.limits()));
         Ok(ready)
     };
@@ -87,6 +139,8 @@ pub fn speed(
     Ok(bench.handle.info().clone())
 }
 
+/// Memory that the measurements take themselves, bytes: what the device's bandwidth is read from.
+const MEASURING: u64 = 1 << 29;
 /// Tokens that a sequence goes on for longer than is measured, since not all begin in the same step.
 const SLACK: usize = 16;
 

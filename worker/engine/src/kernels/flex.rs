@@ -5,10 +5,10 @@
 
 use std::cell::RefCell;
 
-use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 
-use super::cpu::{self, Angles, AttentionSpec, KvShape, Packed, Pool};
+use super::cpu::{self, Angles, AttentionSpec, Isa, KvShape, Packed, Pool};
 use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Limits, Rotation, Step, Weight};
 use crate::weights::{Activation, TensorView};
 
@@ -25,9 +25,12 @@ pub(crate) struct Cpu {
 }
 
 impl Cpu {
-    /// With so many threads, the calling one included.
-    pub fn new(threads: usize) -> Self {
-        Self { pool: Pool::new(threads), spare: RefCell::default() }
+    /// With so many threads, the calling one included, whose kernels use `isa`.
+    ///
+    /// # Panics
+    /// If this processor lacks it.
+    pub fn with_isa(threads: usize, isa: Isa) -> Self {
+        Self { pool: Pool::with_isa(threads, isa), spare: RefCell::default() }
     }
 
     /// A buffer of `len` numbers, whatever they are: one that had as many, which need not be filled again, or a new one.
@@ -143,7 +146,11 @@ impl Kernels for Flex {
     /// As 16-bit integers with their scales, `[blocks, elements of a block]`; see [`KvShape`].
     fn cache(_: &Cpu, _: &FlexDevice, heads: &Heads, blocks: usize) -> KvLayer<Self> {
         let shape = kv_shape(heads);
-        let zeros = |block: usize| FlexTensor::zeros(Shape::new([blocks, block]), burn::tensor::DType::I16);
+        // A zeroed vector costs no memory until it is written. Burn's own zeros are copied to where they are aligned, which
+        // touches all of a cache that may be gigabytes: seconds at start.
+        let zeros = |block: usize| {
+            FlexTensor::from_data(TensorData::new(vec![0 as Stored; blocks * block], [blocks, block]))
+        };
         KvLayer { keys: zeros(shape.key_block::<Stored>()), values: zeros(shape.value_block::<Stored>()) }
     }
 

@@ -14,12 +14,10 @@ use crate::weights::{Activation, RopeStyle, TensorView};
 const MASKED: f32 = -1e30;
 
 /// A dequantised matrix.
-#[cfg_attr(not(any(test, feature = "wgpu", feature = "cuda")), allow(dead_code))]
 pub(crate) struct Dense<B: Backend>(Tensor<B, 2>);
 
 impl<B: Backend> Dense<B> {
     /// Dequantises `matrix`.
-    #[cfg_attr(not(any(test, feature = "wgpu", feature = "cuda")), allow(dead_code))]
     pub fn new(device: &B::Device, matrix: &TensorView<'_>) -> Self {
         Self(Tensor::from_data(TensorData::new(matrix.dequantize(), matrix.shape.clone()), device))
     }

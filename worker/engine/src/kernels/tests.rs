@@ -5,6 +5,7 @@ use burn_flex::{Flex, FlexDevice};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::cpu::Isa;
 use super::flex::Cpu;
 use super::plain::{self, Dense};
 use super::*;
@@ -108,7 +109,9 @@ fn check<B: Kernels>(context: &B::Context, device: B::Device) {
 
 #[test]
 fn the_cpus_operations_are_the_plain_ones() {
-    check::<Flex>(&Cpu::new(2), FlexDevice);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+        check::<Flex>(&Cpu::with_isa(2, isa), FlexDevice);
+    }
 }
 
 #[cfg(feature = "wgpu")]

@@ -73,24 +73,33 @@ impl<B: Kernels> Decoder<B> {
 }
 
 /// The model's ropes: that of all layers, and that of layers with a window where it is another.
-fn ropes(config: &ModelConfig) -> Vec<Rope> {
+pub(crate) fn ropes(config: &ModelConfig) -> Vec<Rope> {
     let global =
         Rope::new(config.rope_style, config.rope_base, config.head_dim, config.rope_factors.as_deref());
     let local = config.rope_base_local.map(|base| Rope::new(config.rope_style, base, config.head_dim, None));
     std::iter::once(global).chain(local).collect()
 }
 
+/// Shape of a layer's attention.
+pub(crate) fn heads(config: &ModelConfig, layer: usize) -> Heads {
+    Heads {
+        queries: config.heads,
+        keys: config.kv_heads,
+        dim: config.head_dim,
+        scale: config.attention_scale,
+        window: config.sliding_window.filter(|_| config.is_local(layer)),
+    }
+}
+
+/// Which of the model's [`ropes`] a layer has.
+pub(crate) fn rope_of(config: &ModelConfig, layer: usize) -> usize {
+    usize::from(config.is_local(layer) && config.rope_base_local.is_some())
+}
+
 impl<B: Kernels> Layer<B> {
     fn load(index: usize, config: &ModelConfig, source: &mut Source<'_, '_, B>) -> Result<Self, LoadError> {
         let name = |part: &str| format!("blk.{index}.{part}");
-        let local = config.is_local(index);
-        let heads = Heads {
-            queries: config.heads,
-            keys: config.kv_heads,
-            dim: config.head_dim,
-            scale: config.attention_scale,
-            window: config.sliding_window.filter(|_| local),
-        };
+        let heads = heads(config, index);
         let head_norms = match config.qk_norm {
             true => Some(HeadNorms {
                 query: source.vector(&name("attn_q_norm.weight"))?,
@@ -111,7 +120,7 @@ impl<B: Kernels> Layer<B> {
             cache: B::cache(&source.setup.context, &source.setup.device, &heads, source.setup.blocks),
             heads,
             head_norms,
-            rope: usize::from(local && config.rope_base_local.is_some()),
+            rope: rope_of(config, index),
             output: source.linear([name("attn_output")])?,
             post_attention_norm,
             feed_forward_norm: source.vector(&name("ffn_norm.weight"))?,

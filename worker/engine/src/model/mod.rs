@@ -13,6 +13,7 @@ use crate::batch::Batch;
 use crate::kernels::{Kernels, Limits};
 use crate::weights::Checkpoint;
 
+pub(crate) use decoder::{heads, rope_of, ropes};
 pub(crate) use rope::Rope;
 
 /// A model with its KV cache.

@@ -120,6 +120,21 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
+    /// For weights that never learned a language: `count` tokens that all stand for the same letters, and no text that has
+    /// tokens.
+    pub(crate) fn placeholder(count: usize) -> Self {
+        const PIECE: &[u8] = b"word";
+        Self {
+            encoder: Encoder::Bpe(Pipeline::new(BPE::default()).into()),
+            literal: OnceLock::new(),
+            bytes: PIECE.repeat(count),
+            ends: (1..=count).map(|n| (n * PIECE.len()) as u32).collect(),
+            longest: PIECE.len(),
+            begin: Begin::default(),
+            end: BTreeSet::new(),
+        }
+    }
+
     /// Tokens of a text.
     ///
     /// `parse_special`: whether control tokens that the text spells out (a rendered chat template's, say) become those

@@ -39,6 +39,8 @@ pub(super) type Tensors = HashMap<String, Entry>;
 enum Source {
     Gguf(Gguf),
     Directory(Directory),
+    /// There are no files: the weights are random.
+    Shape,
 }
 
 /// An opened model.
@@ -70,6 +72,11 @@ impl Checkpoint {
         let config = directory.config().clone();
         check(&config, &tensors).map_err(|f| fault(path, f))?;
         Ok(Self { path: path.to_owned(), config, maps, tensors, source: Source::Directory(directory) })
+    }
+
+    /// A model without files, whose tensors lie in `weights`.
+    pub(super) fn of_parts(name: &str, config: ModelConfig, weights: Mmap, tensors: Tensors) -> Self {
+        Self { path: name.into(), config, maps: vec![weights], tensors, source: Source::Shape }
     }
 
     /// Sizes and architecture.
@@ -115,6 +122,7 @@ impl Checkpoint {
                 tokenizer::from_gguf(gguf, &self.maps[0]).map_err(|f| fault(&self.path, f))?
             }
             Source::Directory(directory) => directory.tokenizer(rows)?,
+            Source::Shape => Tokenizer::placeholder(rows),
         };
         if tokenizer.vocab_size() > rows {
             let message = format!("{} tokens, but an embedding of {rows} rows", tokenizer.vocab_size());
@@ -134,6 +142,7 @@ impl Checkpoint {
                     .map_err(|f| fault(&self.path, f))
             }
             Source::Directory(directory) => directory.template(),
+            Source::Shape => ChatTemplate::new(None, "", "").map_err(|f| fault(&self.path, f)),
         }
     }
 
@@ -148,6 +157,7 @@ impl Checkpoint {
         match &self.source {
             Source::Gguf(gguf) => hash.update(&self.maps[0][..gguf.header_len.min(self.maps[0].len())]),
             Source::Directory(directory) => directory.hash(&mut hash),
+            Source::Shape => {}
         }
         let mut tensors: Vec<_> = self.tensors.iter().collect();
         tensors.sort_unstable_by_key(|(name, _)| *name);
@@ -185,7 +195,9 @@ impl Checkpoint {
                 let stem = path.file_stem().unwrap_or_default().to_string_lossy();
                 without_format(&stem).to_owned()
             }
-            Source::Directory(_) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            Source::Directory(_) | Source::Shape => {
+                path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+            }
         }
     }
 }

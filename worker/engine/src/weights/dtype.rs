@@ -93,6 +93,11 @@ impl DType {
         }
     }
 
+    /// By [`name`](Self::name), whatever its case.
+    pub fn find(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.name().eq_ignore_ascii_case(name))
+    }
+
     /// From a GGUF tensor's type number. `Err` holds the name of a format that exists but is not supported, or the
     /// number.
     pub(crate) fn from_gguf(code: u32) -> Result<Self, String> {

@@ -35,6 +35,12 @@ pub fn read(json: &Value) -> Result<ModelConfig, Fault> {
         ("gemma3", None | Some("gelu_pytorch_tanh")) | (_, None | Some("silu")) => {}
         (_, Some(other)) => return Err(Fault::Unsupported(format!("config.json: activation {other:?}"))),
     }
+    // What some models of these families have, or could have, and the engine has not.
+    for name in ["attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"] {
+        if !matches!(text[name], Value::Null | Value::Bool(false)) {
+            return Err(Fault::Unsupported(format!("config.json: {name} is {}", text[name])));
+        }
+    }
     read_window(&mut c, text)?;
     let query_scalar = text["query_pre_attn_scalar"].as_f64().filter(|s| *s > 0.0);
     let mut c = c.finish(query_scalar)?;
@@ -183,6 +189,8 @@ mod tests {
             ("hidden_act", json!("relu")),
             ("rope_scaling", json!({"type": "yarn", "factor": 4.0})),
             ("quantization_config", json!({"quant_method": "gptq"})),
+            ("final_logit_softcapping", json!(30.0)),
+            ("use_bidirectional_attention", json!(true)),
         ] {
             let mut json = llama();
             json[key] = value;

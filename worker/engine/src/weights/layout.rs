@@ -8,13 +8,16 @@ use super::{Fault, ModelConfig};
 /// Tensors that may be there and that the engine does without: tables that it computes itself.
 const IGNORED: [&str; 3] = ["rope_freqs.weight", ".attn_rot_embd", ".attn_rot_embd.weight"];
 
-/// All tensors of a model but `output.weight`, with their shapes.
-fn tensors(c: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+/// All tensors of a model, with their shapes.
+pub fn tensors(c: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
     let mut all = vec![
         ("token_embd.weight".to_owned(), vec![c.vocab, c.hidden]),
         ("output_norm.weight".to_owned(), vec![c.hidden]),
     ];
+    if !c.tied_embeddings {
+        all.push(("output.weight".to_owned(), vec![c.vocab, c.hidden]));
+    }
     for layer in 0..c.layers {
         let mut add = |name: &str, shape: &[usize]| all.push((format!("blk.{layer}.{name}"), shape.to_vec()));
         add("attn_norm.weight", &[c.hidden]);
@@ -49,10 +52,7 @@ pub fn check<'a>(
     names: impl Iterator<Item = &'a str>,
     shape_of: impl Fn(&str) -> Option<&'a [usize]>,
 ) -> Result<(), Fault> {
-    let mut wanted = tensors(c);
-    if !c.tied_embeddings {
-        wanted.push(("output.weight".to_owned(), vec![c.vocab, c.hidden]));
-    }
+    let wanted = tensors(c);
     for (name, shape) in &wanted {
         match shape_of(name) {
             Some(found) if found == shape => {}

@@ -15,10 +15,12 @@ pub(crate) mod gguf;
 mod hf_config;
 mod layout;
 mod names;
+mod shape;
 
 pub use checkpoint::Checkpoint;
 pub use config::{Activation, ModelConfig, RopeStyle};
 pub use dtype::DType;
+pub use shape::Shape;
 
 /// What is wrong with a model's files; [`crate::LoadError`] without the path.
 #[derive(Clone, Debug, PartialEq, Eq)]
