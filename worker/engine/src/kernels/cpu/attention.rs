@@ -92,8 +92,15 @@ pub fn attention<E: Element>(
     if pool.threads() > 1 && units.len() < 4 * pool.threads() && chunks > units.len() {
         by_chunks(pool, &problem, &units, chunks, out);
     } else {
-        // The costliest units are usually the last, so they are begun first.
-        pool.run(units.len(), |index| by_unit(pool, &problem, &units[units.len() - 1 - index], out));
+        // The costliest units are usually the last, so they are begun first. Heads of the same rows stay on one thread
+        // where there are enough for all, and each asks for the next one's memory.
+        let runs = if units.len() < 8 * pool.threads() { units.len() } else { units.len() / shape.heads };
+        pool.run(runs, |run| {
+            let mine = &units[share(units.len(), runs, runs - 1 - run)];
+            for (index, unit) in mine.iter().enumerate() {
+                by_unit(pool, &problem, unit, mine.get(index + 1), out);
+            }
+        });
     }
 }
 
@@ -139,11 +146,17 @@ impl<E> Problem<'_, E> {
 }
 
 /// All chunks of a unit on one thread.
-fn by_unit<E: Element>(pool: &Pool, problem: &Problem<'_, E>, unit: &Unit, out: Shared<f32>) {
+fn by_unit<E: Element>(
+    pool: &Pool,
+    problem: &Problem<'_, E>,
+    unit: &Unit,
+    next: Option<&Unit>,
+    out: Shared<f32>,
+) {
     SCRATCH.with_borrow_mut(|scratch| {
         scratch.begin(problem, unit);
         for chunk in unit.chunks.clone() {
-            run_chunk(pool.isa(), problem, unit, chunk, scratch);
+            run_chunk(pool.isa(), problem, unit, next, chunk, scratch);
         }
         for query in 0..problem.queries(unit) {
             finish(problem, unit, query, scratch.state(query), out);
@@ -172,7 +185,7 @@ fn by_chunks<E: Element>(
                 for task in share(chunks, runs, run) {
                     let (unit, chunk) = tasks[task];
                     scratch.begin(problem, unit);
-                    run_chunk(pool.isa(), problem, unit, chunk, scratch);
+                    run_chunk(pool.isa(), problem, unit, None, chunk, scratch);
                     for query in 0..problem.queries(unit) {
                         let from = scratch.state(query);
                         // SAFETY: a range of its own for each task and query, within `partial`.

@@ -90,15 +90,21 @@ fn join_body<L: Lanes>(state: &mut [f32], part: &[f32]) {
 }
 
 on_isa!(
-    /// Adds the positions of chunk `chunk` to the states of a unit's queries.
-    pub(super) fn run_chunk<E: Element>(problem: &Problem<'_, E>, unit: &Unit, chunk: usize, scratch: &mut Scratch)
-        = run_chunk_body
+    /// Adds the positions of chunk `chunk` to the states of a unit's queries. This thread's next unit is `next`.
+    pub(super) fn run_chunk<E: Element>(
+        problem: &Problem<'_, E>,
+        unit: &Unit,
+        next: Option<&Unit>,
+        chunk: usize,
+        scratch: &mut Scratch,
+    ) = run_chunk_body
 );
 
 #[inline(always)]
 fn run_chunk_body<L: Lanes, E: Element>(
     problem: &Problem<'_, E>,
     unit: &Unit,
+    next: Option<&Unit>,
     chunk: usize,
     scratch: &mut Scratch,
 ) {
@@ -110,12 +116,12 @@ fn run_chunk_body<L: Lanes, E: Element>(
         let left = count - first;
         let batch = left.div_ceil(left.div_ceil(most));
         match batch {
-            1 => run_batch::<L, E, 1>(problem, unit, chunk, first, scratch),
-            2 => run_batch::<L, E, 2>(problem, unit, chunk, first, scratch),
-            3 => run_batch::<L, E, 3>(problem, unit, chunk, first, scratch),
-            4 => run_batch::<L, E, 4>(problem, unit, chunk, first, scratch),
-            5 => run_batch::<L, E, 5>(problem, unit, chunk, first, scratch),
-            _ => run_batch::<L, E, 6>(problem, unit, chunk, first, scratch),
+            1 => run_batch::<L, E, 1>(problem, unit, next, chunk, first, scratch),
+            2 => run_batch::<L, E, 2>(problem, unit, next, chunk, first, scratch),
+            3 => run_batch::<L, E, 3>(problem, unit, next, chunk, first, scratch),
+            4 => run_batch::<L, E, 4>(problem, unit, next, chunk, first, scratch),
+            5 => run_batch::<L, E, 5>(problem, unit, next, chunk, first, scratch),
+            _ => run_batch::<L, E, 6>(problem, unit, next, chunk, first, scratch),
         }
         first += batch;
     }
@@ -125,6 +131,7 @@ fn run_chunk_body<L: Lanes, E: Element>(
 fn run_batch<L: Lanes, E: Element, const Q: usize>(
     problem: &Problem<'_, E>,
     unit: &Unit,
+    next: Option<&Unit>,
     chunk: usize,
     first: usize,
     scratch: &mut Scratch,
@@ -145,6 +152,7 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
         chunk,
         whole: &whole,
         fetch: first == 0,
+        next,
     };
 
     // Two vectors of positions at a time, so that additions need not wait for each other.
@@ -208,6 +216,8 @@ struct Pages<'a, E> {
     whole: &'a Range<usize>,
     /// Whether the chunk is read for the first time, and so comes from memory.
     fetch: bool,
+    /// What this thread does next.
+    next: Option<&'a Unit>,
 }
 
 impl<E> Problem<'_, E> {
@@ -254,23 +264,39 @@ impl<E: Element> Pages<'_, E> {
     }
 
     /// What to ask for while using the `step`th vector of this chunk, keys first, then values: the memory of the vector
-    /// [`AHEAD`] of it, from the next chunk's keys in the end. `instead` where there is nothing to ask for.
+    /// [`AHEAD`] of it, from the next chunk's or the next unit's keys in the end. `instead` where there is nothing to ask for.
     #[inline(always)]
     fn ahead(&self, step: usize, instead: *const E) -> *const E {
         let (shape, count) = (self.problem.shape, self.whole.len());
         let step = step + AHEAD / (WIDTH * size_of::<E>());
         let v = self.whole.start + step % count + step / (2 * count) * CHUNK / WIDTH;
         let end = self.table.len() * shape.block / WIDTH - self.chunk * CHUNK / WIDTH;
-        if !self.fetch || v >= end {
+        if !self.fetch {
             instead
-        } else if step / count == 1 {
+        } else if step / count == 1 && v < end {
             self.values(v)
+        } else if v < end {
+            self.key_memory(self.table, self.kv_head, self.chunk * CHUNK + v * WIDTH)
+        } else if let Some(next) = self.next {
+            let position = next.chunks.start * CHUNK + (step % count) * WIDTH;
+            let table = self.problem.table(next);
+            if position < table.len() * shape.block {
+                self.key_memory(table, next.kv_head, position)
+            } else {
+                instead
+            }
         } else {
-            // A block's keys lie together; each vector of positions counts for an equal share of them.
-            let (block, place) = self.find(v);
-            let head = (block * shape.heads + self.kv_head) * shape.key_head::<E>();
-            self.problem.keys[head + place * (shape.head_dim + E::SCALE)..].as_ptr()
+            instead
         }
+    }
+
+    /// A block's keys lie together; each vector of positions counts for an equal share of them.
+    #[inline(always)]
+    fn key_memory(&self, table: &[u32], kv_head: usize, position: usize) -> *const E {
+        let shape = self.problem.shape;
+        let (block, place) = (table[position / shape.block] as usize, position % shape.block);
+        let head = (block * shape.heads + kv_head) * shape.key_head::<E>();
+        self.problem.keys[head + place * (shape.head_dim + E::SCALE)..].as_ptr()
     }
 
     /// Values of the 16 positions of vector `v`, one after the other.
