@@ -47,6 +47,7 @@ fn request(id: u64, reference: &Reference, prompt: &str) -> Request {
         sampling: Sampling::default(),
         max_tokens: Some(reference.tokens.len() as u32),
         stop: Vec::new(),
+        constraint: None,
         resume: Vec::new(),
         priority: Priority::Interactive,
         deadline: None,
