@@ -44,7 +44,7 @@ PY
   PATH=$work/venv/bin:$PATH cmake --build "$work/build" --target llama-batched-bench llama-quantize
 fi
 
-cargo build -q --release -p stoker
+cargo build -q --release -p stoker -p loadtest
 stoker=${CARGO_TARGET_DIR:-target}/release/stoker
 if ((${#files[@]} == 0)); then
   files=("$("$stoker" model pull)")

@@ -199,7 +199,7 @@ fn unknown_variables_of_ours_are_told_what_was_meant() {
 
 #[test]
 fn variables_of_commands_are_none_of_the_configurations() {
-    for name in ["STOKER_CONFIG", "STOKER_URL", "STOKER_CPU_ISA"] {
+    for name in ["STOKER_URL", "STOKER_CPU_ISA"] {
         assert_eq!(env(&[(name, "avx2")]).unwrap(), env(&[]).unwrap());
     }
 }
