@@ -34,6 +34,8 @@ struct Group<'a> {
     codes: &'a [u8],
     scales: &'a [u8],
     layout: Layout,
+    /// Whether the memory ahead has to be asked for: once for all rows of activations.
+    fetch: bool,
 }
 
 thread_local! {
@@ -129,8 +131,9 @@ fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, groups: std::ops::Range<
                     (Some(layout), Some(kernel)) => {
                         let group = job.w.group(index);
                         let (codes, scales) = group.split_at(input.quantised.blocks * layout.code_bytes());
+                        let group = Group { codes, scales, layout, fetch: first == pass };
                         // SAFETY: the kernel is of an instruction set that the pool found to be there.
-                        unsafe { kernel(&Group { codes, scales, layout }, input.quantised, first, out) }
+                        unsafe { kernel(&group, input.quantised, first, out) }
                     }
                     _ => {
                         let x = &input.x[first * input.cols..(first + out.len()) * input.cols];
@@ -142,7 +145,12 @@ fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, groups: std::ops::Range<
                     // length was checked, and written by this task alone.
                     unsafe {
                         let to = job.y.at((first + t) * rows + index * LANES);
-                        std::ptr::copy_nonoverlapping(values.as_ptr(), to, lanes);
+                        if lanes == LANES {
+                            // Of known length: a store, not a call.
+                            to.cast::<[f32; LANES]>().write_unaligned(*values);
+                        } else {
+                            std::ptr::copy_nonoverlapping(values.as_ptr(), to, lanes);
+                        }
                     }
                 }
             }

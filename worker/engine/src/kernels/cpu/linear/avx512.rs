@@ -92,7 +92,9 @@ unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
     for block in 0..x.blocks {
         // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
         unsafe {
-            prefetch::<BITS, SCALES, T>(group.codes.as_ptr(), block);
+            if group.fetch {
+                prefetch::<BITS, SCALES, T>(group.codes.as_ptr(), block);
+            }
             let codes = group.codes.as_ptr().add(block * layout.code_bytes());
             let weights = unpack::<BITS>(codes);
             let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block);
