@@ -174,6 +174,7 @@ pub(crate) trait Kernels: Backend {
         Self::parallel(context, rows, &|row| {
             found[row].store(crate::argmax(&values[row * width..][..width]), Relaxed);
         });
+        Self::recycle(context, values);
         found.into_iter().map(AtomicU32::into_inner).collect()
     }
 
