@@ -15,6 +15,7 @@ pub(crate) struct Device {
     /// Its name.
     pub name: String,
     /// It is a program on the CPU: right, but slower than the CPU's own kernels.
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code))]
     pub software: bool,
 }
 

@@ -20,7 +20,7 @@ fn activate<N: Size>(x: Vector<f32, N>, #[comptime] gelu: bool) -> Vector<f32, N
     let z = if comptime!(gelu) {
         // 2 · sqrt(2 / π) · (x + 0.044715 · x³)
         let cubic = x * x * x * Vector::new(0.044715f32);
-        (x + cubic) * Vector::new(1.595_769_1f32)
+        (x + cubic) * Vector::new(1.595_769f32)
     } else {
         x
     };

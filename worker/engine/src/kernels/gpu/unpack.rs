@@ -74,7 +74,7 @@ pub(super) fn unpack<N: Size>(
                 if comptime!(high > 0) {
                     let bits = (above >> Vector::new(shift * high))
                         & Vector::new(comptime!((1u32 << high) - 1).runtime());
-                    code = code | (bits << Vector::new(4u32));
+                    code |= bits << Vector::new(4u32);
                 }
                 let code = Vector::<f32, N>::reinterpret(code | Vector::new(TWO_TO_23)) - zero;
                 if comptime!(matches!(kind, Scales::Offset | Scales::Nested)) {
