@@ -265,8 +265,15 @@ impl Runner {
         if self.batch.rows() == 0 {
             return;
         }
-        match catch_unwind(AssertUnwindSafe(|| self.forward())) {
-            Ok(mut logits) => {
+        // Logits stay on the device if nobody looks at more than the greatest.
+        let greedy = self.scheduler.stepped().all(|sequence| sequence.greedy());
+        let result = catch_unwind(AssertUnwindSafe(|| match greedy {
+            true => Ok(self.model.greedy(&self.batch)),
+            false => Err(self.forward()),
+        }));
+        match result {
+            Ok(Ok(tokens)) => self.take(&tokens),
+            Ok(Err(mut logits)) => {
                 self.sample(&mut logits);
                 self.model.recycle(logits);
             }
@@ -312,6 +319,17 @@ impl Runner {
                 Some(Err(error)) => sequence.end(FinishReason::Error(error)),
                 None => unreachable!("every task was run"),
             }
+        }
+    }
+
+    /// Gives them the tokens that the model chose.
+    fn take(&mut self, tokens: &[u32]) {
+        self.scheduler.computed();
+        let due: Vec<_> = self.scheduler.stepped().filter(|sequence| sequence.pending().is_empty()).collect();
+        assert_eq!(tokens.len(), due.len(), "a token for each sequence that is all computed");
+        self.gauges.tokens.fetch_add(due.len() as u64, Relaxed);
+        for (sequence, &token) in due.into_iter().zip(tokens) {
+            sequence.accept(token, &self.language.tokenizer);
         }
     }
 

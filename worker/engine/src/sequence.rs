@@ -130,6 +130,12 @@ impl Sequence {
         self.guide.as_mut()
     }
 
+    /// Whether the next token is the one with the greatest logit, whatever the others are.
+    pub fn greedy(&self) -> bool {
+        let Sampling { temperature, presence_penalty, frequency_penalty, .. } = self.sampling;
+        self.guide.is_none() && temperature <= 0.0 && presence_penalty == 0.0 && frequency_penalty == 0.0
+    }
+
     /// Chooses the next token from the logits behind the last one; they are overwritten.
     ///
     /// # Errors

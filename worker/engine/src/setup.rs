@@ -177,14 +177,18 @@ fn cpu_name() -> String {
     name.to_string()
 }
 
-/// Makes the steps that requests will make: a prompt, then a token. The first block is written, but nobody will read it.
+/// Makes the steps that requests will make: a prompt, then tokens, so that every kernel is compiled. The first block is
+/// written, but nobody will read it.
 fn warm_up(model: &mut dyn Model) {
     let mut batch = Batch::default();
     batch.push(&[0; BLOCK - 1], 0, &[0], 1);
     model.forward(&batch);
-    batch.clear();
-    batch.push(&[0], BLOCK - 1, &[0], 1);
-    model.forward(&batch);
+    for &(rows, position) in model.steps() {
+        batch.clear();
+        let blocks = vec![0; position / BLOCK + 1];
+        (0..rows).for_each(|_| batch.push(&[0], position, &blocks, 1));
+        model.greedy(&batch);
+    }
 }
 
 fn threads(options: &LoadOptions) -> usize {

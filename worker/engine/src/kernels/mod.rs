@@ -14,6 +14,8 @@ mod step;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
@@ -79,6 +81,10 @@ pub(crate) trait Kernels: Backend {
     type Context: Send;
     /// A matrix in this backend's form.
     type Weight: Weight<Self>;
+
+    /// Decoding steps for which the backend compiles kernels of their own: numbers of rows, and the position that they are
+    /// at.
+    const STEPS: &'static [(usize, usize)] = &[(1, BLOCK - 1)];
 
     /// `x` over its root mean square, times `weight` `[features]`.
     fn rms_norm(
@@ -158,6 +164,18 @@ pub(crate) trait Kernels: Backend {
     /// What this device can do at most, where that can be measured.
     fn limits(_: &Self::Context) -> Option<Limits> {
         None
+    }
+
+    /// The index of each row's greatest logit, the first of several.
+    fn argmax(context: &Self::Context, logits: Tensor<Self, 2>) -> Vec<u32> {
+        let [rows, width] = logits.dims();
+        let values = Self::read(context, logits);
+        let found: Vec<_> = (0..rows).map(|_| AtomicU32::new(0)).collect();
+        Self::parallel(context, rows, &|row| {
+            found[row].store(crate::argmax(&values[row * width..][..width]), Relaxed);
+        });
+        Self::recycle(context, values);
+        found.into_iter().map(AtomicU32::into_inner).collect()
     }
 
     /// Brings rows of logits to the host, one after another.

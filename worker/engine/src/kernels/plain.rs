@@ -6,7 +6,7 @@ use burn::tensor::activation::{gelu_approximate, sigmoid, softmax};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Shape, Tensor, TensorData, TensorPrimitive};
 
-use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Step, Weight};
+use super::{BLOCK, HeadNorms, Heads, KvLayer, Step};
 use crate::batch::Span;
 use crate::weights::{Activation, RopeStyle, TensorView};
 
@@ -22,27 +22,9 @@ impl<B: Backend> Dense<B> {
         Self(Tensor::from_data(TensorData::new(matrix.dequantize(), matrix.shape.clone()), device))
     }
 
-    /// See [`Weight::apply`].
+    /// See [`Weight::apply`](super::Weight::apply).
     pub fn multiply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         x.matmul(self.0.clone().transpose())
-    }
-}
-
-impl<B: Kernels> Weight<B> for Dense<B> {
-    fn load(_: &B::Context, device: &B::Device, matrix: &TensorView<'_>) -> Self {
-        Self::new(device, matrix)
-    }
-
-    fn apply(&self, _: &B::Context, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        self.multiply(x)
-    }
-
-    fn bytes(&self) -> usize {
-        self.elements() * self.0.dtype().size()
-    }
-
-    fn elements(&self) -> usize {
-        self.0.shape().num_elements()
     }
 }
 

@@ -7,6 +7,8 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use super::BLOCK;
 use super::cpu::Rows;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+use super::gpu::Tables;
 use crate::batch::Batch;
 use crate::model::Rope;
 use crate::weights::RopeStyle;
@@ -35,6 +37,9 @@ pub(crate) struct Step<'a, B: Backend> {
     tables: Vec<&'a [u32]>,
     /// For plain kernels: made when first asked for, shared by all layers.
     tensors: OnceCell<StepTensors<B>>,
+    /// For kernels on GPUs: likewise.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    on_device: OnceCell<Tables<B>>,
 }
 
 /// The step's tables as tensors.
@@ -57,6 +62,8 @@ impl<'a, B: Backend> Step<'a, B> {
             sequences: sequences.collect(),
             tables: batch.spans.iter().map(|span| batch.blocks(span)).collect(),
             tensors: OnceCell::new(),
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
+            on_device: OnceCell::new(),
         }
     }
 
@@ -75,6 +82,12 @@ impl<'a, B: Backend> Step<'a, B> {
     /// The step's tables as tensors.
     pub fn tensors(&self) -> &StepTensors<B> {
         self.tensors.get_or_init(|| self.make_tensors())
+    }
+
+    /// The step's tables as GPUs' kernels take them.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    pub fn tables(&self) -> &Tables<B> {
+        self.on_device.get_or_init(|| Tables::new(self))
     }
 
     fn make_tensors(&self) -> StepTensors<B> {

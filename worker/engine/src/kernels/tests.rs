@@ -2,6 +2,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 use burn_flex::{Flex, FlexDevice};
+use half::{bf16, f16};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -28,57 +29,106 @@ impl<B: Kernels> Subject<'_, B> {
         (Tensor::from_data(data.clone(), &self.device), Tensor::from_data(data, &FlexDevice))
     }
 
+    /// Within `tolerance` of the largest expected number, or of 1.
     fn assert_close<const D: usize>(&self, got: Tensor<B, D>, expected: Tensor<Flex, D>, tolerance: f32) {
         assert_eq!(got.dims(), expected.dims());
         let (got, expected) =
             (got.into_data().into_vec::<f32>().unwrap(), expected.into_data().into_vec::<f32>().unwrap());
+        let largest = expected.iter().fold(1.0f32, |largest, x| largest.max(x.abs()));
         for (got, expected) in got.iter().zip(&expected) {
-            assert!((got - expected).abs() <= tolerance, "{got} where {expected} is right");
+            assert!((got - expected).abs() <= tolerance * largest, "{got} where {expected} is right");
         }
     }
 
-    fn rows(&mut self) {
-        let (x, x0) = self.both([5, 96]);
-        let (y, y0) = self.both([5, 96]);
-        let (w, w0) = self.both([96]);
+    fn rows(&mut self, rows: usize, width: usize) {
+        let (x, x0) = self.both([rows, width]);
+        let (y, y0) = self.both([rows, width]);
+        let (w, w0) = self.both([width]);
         let normed = B::rms_norm(self.context, x.clone(), &w, 1e-5);
         self.assert_close(normed, plain::rms_norm(x0.clone(), &w0, 1e-5), 1e-5);
         let (sum, normed) = B::add_rms_norm(self.context, x.clone(), y.clone(), &w, 1e-5);
         self.assert_close(sum, x0.clone() + y0.clone(), 1e-6);
         self.assert_close(normed, plain::rms_norm(x0.clone() + y0.clone(), &w0, 1e-5), 1e-5);
         for activation in [Activation::Silu, Activation::GeluTanh] {
-            let gated = B::gated(self.context, [x.clone(), y.clone()], activation);
-            self.assert_close(gated, plain::gated([x0.clone(), y0.clone()], activation), 1e-5);
+            // Far enough out that an exponential would overflow.
+            let (x, x0) = (x.clone() * 100.0, x0.clone() * 100.0);
+            let gated = B::gated(self.context, [x, y.clone()], activation);
+            self.assert_close(gated, plain::gated([x0, y0.clone()], activation), 1e-5);
         }
     }
 
-    fn products(&mut self) {
-        let (x, x0) = self.both([3, 64]);
-        let bytes: Vec<u8> =
-            (0..48 * 64).flat_map(|_| self.random.random_range(-1.0f32..1.0).to_le_bytes()).collect();
-        let view = TensorView { dtype: DType::F32, shape: vec![48, 64], data: &bytes };
+    fn greatest(&mut self) {
+        let mut logits: Vec<f32> = (0..4 * 1000).map(|_| self.random.random_range(-9.0..9.0)).collect();
+        // Ties, the last place, no number.
+        (logits[300], logits[301], logits[700]) = (20.0, 20.0, 20.0);
+        (logits[1000], logits[1999]) = (f32::NAN, 10.0);
+        logits[2000..3000].fill(-2.5);
+        let expected: Vec<u32> = logits.chunks_exact(1000).map(crate::argmax).collect();
+        let logits = Tensor::from_data(TensorData::new(logits, [4, 1000]), &self.device);
+        assert_eq!(B::argmax(self.context, logits), expected);
+    }
+
+    /// One input through two matrices, at numbers of rows for which different kernels may be chosen.
+    fn products(&mut self, dtype: DType, outputs: usize, inputs: usize) {
+        let bytes = self.weights(dtype, outputs * inputs);
+        let view = TensorView { dtype, shape: vec![outputs, inputs], data: &bytes };
         let [one, two] = [0, 1].map(|_| B::Weight::load(self.context, &self.device, &view));
-        let expected = Dense::<Flex>::new(&FlexDevice, &view).multiply(x0);
-        assert_eq!(one.elements(), 48 * 64);
-        for y in B::project(self.context, x, [&one, &two]) {
-            self.assert_close(y, expected.clone(), 1e-4);
+        let plain = Dense::<Flex>::new(&FlexDevice, &view);
+        assert_eq!(one.elements(), outputs * inputs);
+        for rows in [1, 3, 13, 70] {
+            let (x, x0) = self.both([rows, inputs]);
+            let expected = plain.multiply(x0);
+            for y in B::project(self.context, x, [&one, &two]) {
+                self.assert_close(y, expected.clone(), 1e-4);
+            }
         }
+    }
+
+    /// Bytes of so many weights: any codes, scales of a useful size and some that are hardly one.
+    fn weights(&mut self, dtype: DType, count: usize) -> Vec<u8> {
+        let random = &mut self.random;
+        let size = dtype.block_bytes();
+        let mut bytes: Vec<u8> = (0..count / dtype.block_len() * size).map(|_| random.random()).collect();
+        for block in bytes.chunks_exact_mut(size) {
+            let value = random.random_range(-1.0f32..1.0);
+            let scale = f16::from_f32(if random.random_ratio(1, 4) { value * 3e-5 } else { value / 16.0 });
+            match dtype {
+                DType::F32 => block.copy_from_slice(&value.to_le_bytes()),
+                DType::F16 => block.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+                DType::BF16 => block.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+                DType::Q4_0 | DType::Q5_0 | DType::Q8_0 => block[..2].copy_from_slice(&scale.to_le_bytes()),
+                DType::Q4_1 | DType::Q5_1 | DType::Q4K | DType::Q5K => {
+                    block[..2].copy_from_slice(&scale.to_le_bytes());
+                    block[2..4].copy_from_slice(&f16::from_f32(value / 8.0).to_le_bytes());
+                }
+                DType::Q6K => block[208..].copy_from_slice(&scale.to_le_bytes()),
+            }
+        }
+        bytes
     }
 
     /// Several sequences over several steps, with blocks all over the cache.
-    fn attention(&mut self, style: RopeStyle, window: Option<usize>, normed: bool) {
-        let heads = Heads { queries: 6, keys: 2, dim: 16, scale: 0.25, window };
+    fn attention(&mut self, heads: &Heads, style: RopeStyle, normed: bool) {
         let ropes = [Rope::new(style, 10_000.0, heads.dim, None)];
-        let mut cache = B::cache(self.context, &self.device, &heads, 8);
-        let mut cache0 = plain::cache::<Flex>(&FlexDevice, &heads, 8);
+        let mut cache = B::cache(self.context, &self.device, heads, BLOCKS);
+        let mut cache0 = plain::cache::<Flex>(&FlexDevice, heads, BLOCKS);
         let (query, query0) = self.both([heads.dim]);
         let (key, key0) = self.both([heads.dim]);
         let norms = HeadNorms { query, key, eps: 1e-6 };
         let norms0 = HeadNorms { query: query0, key: key0, eps: 1e-6 };
-        let tables: [&[u32]; 3] = [&[7, 2, 5], &[0], &[3, 6]];
-        for spans in
-            [&[(0, 0, 40), (1, 0, 7)][..], &[(0, 40, 1), (1, 7, 1), (2, 0, 33)], &[(2, 33, 1), (0, 41, 30)]]
-        {
+        const BLOCKS: usize = 24;
+        let tables: [&[u32]; 4] =
+            [&[7, 2, 5], &[0], &[3, 6], &[23, 8, 22, 9, 21, 10, 20, 11, 19, 12, 18, 13, 17, 14, 16, 15]];
+        // Sequence, first position and rows. In the fourth step a long context meets a short one.
+        let steps = [
+            &[(0, 0, 40), (1, 0, 7), (3, 0, 290)][..],
+            &[(0, 40, 1), (1, 7, 1), (2, 0, 33)],
+            &[(2, 33, 1), (0, 41, 30)],
+            &[(3, 290, 1), (1, 8, 1), (0, 71, 2)],
+            &[(3, 291, 210)],
+            &[(3, 501, 1), (2, 34, 1)],
+        ];
+        for spans in steps {
             let mut batch = Batch::default();
             for &(sequence, start, count) in spans {
                 batch.push(&vec![0; count], start, tables[sequence], 0);
@@ -89,22 +139,38 @@ impl<B: Kernels> Subject<'_, B> {
             let (k, k0) = self.both([batch.rows(), heads.keys * heads.dim]);
             let (v, v0) = self.both([batch.rows(), heads.keys * heads.dim]);
             let (norms, norms0) = (normed.then_some(&norms), normed.then_some(&norms0));
-            let q = B::rope_append(self.context, [q, k, v], &heads, norms, 0, &step, &mut cache);
-            let q0 = plain::rope_append([q0, k0, v0], &heads, norms0, 0, &step0, &mut cache0);
+            let q = B::rope_append(self.context, [q, k, v], heads, norms, 0, &step, &mut cache);
+            let q0 = plain::rope_append([q0, k0, v0], heads, norms0, 0, &step0, &mut cache0);
             self.assert_close(q.clone(), q0.clone(), 1e-5);
-            let out = B::attend(self.context, q, &heads, &step, &cache);
-            self.assert_close(out, plain::attend(q0, &heads, &step0, &cache0), 1e-4);
+            let out = B::attend(self.context, q, heads, &step, &cache);
+            self.assert_close(out, plain::attend(q0, heads, &step0, &cache0), 1e-4);
         }
     }
 }
 
 fn check<B: Kernels>(context: &B::Context, device: B::Device) {
     let mut subject = Subject::<B> { context, device, random: StdRng::seed_from_u64(11) };
-    subject.rows();
-    subject.products();
-    subject.attention(RopeStyle::Interleaved, None, false);
-    subject.attention(RopeStyle::Half, None, true);
-    subject.attention(RopeStyle::Half, Some(9), false);
+    for (rows, width) in [(5, 96), (1, 1), (3, 1030), (2, 577)] {
+        subject.rows(rows, width);
+    }
+    subject.greatest();
+    for dtype in DType::ALL {
+        subject.products(dtype, 48, 512);
+        subject.products(dtype, 131, 768);
+    }
+    for dtype in [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::BF16] {
+        subject.products(dtype, 20, 96);
+    }
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        subject.products(dtype, 7, 45);
+    }
+    let heads = |queries, keys, dim, window| Heads { queries, keys, dim, scale: 0.25, window };
+    subject.attention(&heads(6, 2, 16, None), RopeStyle::Interleaved, false);
+    subject.attention(&heads(6, 2, 16, None), RopeStyle::Half, true);
+    subject.attention(&heads(9, 3, 64, Some(9)), RopeStyle::Half, false);
+    subject.attention(&heads(4, 4, 80, Some(300)), RopeStyle::Interleaved, true);
+    subject.attention(&heads(17, 1, 32, None), RopeStyle::Half, false);
+    subject.attention(&heads(4, 1, 256, Some(33)), RopeStyle::Half, true);
 }
 
 #[test]

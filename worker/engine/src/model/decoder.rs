@@ -131,8 +131,9 @@ impl<B: Kernels> Layer<B> {
     }
 }
 
-impl<B: Kernels> Model for Decoder<B> {
-    fn forward(&mut self, batch: &Batch) -> Vec<f32> {
+impl<B: Kernels> Decoder<B> {
+    /// The logits of [`Batch::outputs`]; `None` if there are none.
+    fn logits(&mut self, batch: &Batch) -> Option<Tensor<B, 2>> {
         let Self { context, eps, layers, .. } = self;
         let (context, eps) = (&*context, *eps);
         let step = Step::<B>::new(batch, &self.ropes, &self.device);
@@ -145,7 +146,7 @@ impl<B: Kernels> Model for Decoder<B> {
             let qkv = layer.qkv.apply(context, normed);
             let q = B::rope_append(context, qkv, &layer.heads, norms, layer.rope, &step, &mut layer.cache);
             if index == last && batch.outputs.is_empty() {
-                return Vec::new();
+                return None;
             }
             let mut attended = B::attend(context, q, &layer.heads, &step, &layer.cache);
             if index == last && batch.outputs.len() < batch.rows() {
@@ -167,7 +168,21 @@ impl<B: Kernels> Model for Decoder<B> {
             (x, normed) = B::add_rms_norm(context, x, down, next, eps);
         }
         let [logits] = self.head.apply(context, normed);
-        B::read(context, logits)
+        Some(logits)
+    }
+}
+
+impl<B: Kernels> Model for Decoder<B> {
+    fn forward(&mut self, batch: &Batch) -> Vec<f32> {
+        self.logits(batch).map_or(Vec::new(), |logits| B::read(&self.context, logits))
+    }
+
+    fn greedy(&mut self, batch: &Batch) -> Vec<u32> {
+        self.logits(batch).map_or(Vec::new(), |logits| B::argmax(&self.context, logits))
+    }
+
+    fn steps(&self) -> &'static [(usize, usize)] {
+        B::STEPS
     }
 
     fn recycle(&mut self, logits: Vec<f32>) {

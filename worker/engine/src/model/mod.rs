@@ -8,10 +8,10 @@ mod embedding;
 mod layers;
 mod rope;
 
-use crate::LoadError;
 use crate::batch::Batch;
 use crate::kernels::{Kernels, Limits};
 use crate::weights::Checkpoint;
+use crate::{LoadError, argmax};
 
 pub(crate) use decoder::{heads, rope_of, ropes};
 pub(crate) use rope::Rope;
@@ -24,6 +24,18 @@ pub(crate) trait Model {
 
     /// Takes back what [`forward`](Self::forward) gave: at many sequences, fresh memory for it would show.
     fn recycle(&mut self, logits: Vec<f32>);
+
+    /// Like [`forward`](Self::forward), for when only the likeliest token of each output is wanted: what leaves the
+    /// device is one number instead of a row.
+    fn greedy(&mut self, batch: &Batch) -> Vec<u32> {
+        let logits = self.forward(batch);
+        logits.chunks_exact(self.vocabulary()).map(argmax).collect()
+    }
+
+    /// See [`Kernels::STEPS`].
+    fn steps(&self) -> &'static [(usize, usize)] {
+        &[]
+    }
 
     /// Width of a row of logits.
     fn vocabulary(&self) -> usize;

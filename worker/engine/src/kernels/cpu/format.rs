@@ -8,12 +8,12 @@ use half::f16;
 use crate::weights::DType;
 
 /// Inputs that share a scale in the simple formats; also the inputs of one step of a kernel.
-pub(super) const BLOCK: usize = 32;
+pub(in crate::kernels) const BLOCK: usize = 32;
 /// Blocks in one block of the formats whose names end in K.
-pub(super) const SUPER: usize = 8;
+pub(in crate::kernels) const SUPER: usize = 8;
 
 /// How the integer kernels see a format; `None` for the float formats.
-pub(super) fn layout(dtype: DType) -> Option<Layout> {
+pub(in crate::kernels) fn layout(dtype: DType) -> Option<Layout> {
     let layout = |bits, scales, bias| Some(Layout { bits, scales, bias });
     match dtype {
         DType::F32 | DType::F16 | DType::BF16 => None,
@@ -30,7 +30,7 @@ pub(super) fn layout(dtype: DType) -> Option<Layout> {
 
 /// How codes and scales of a matrix are laid out; see [`super::pack`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(in crate::kernels) struct Layout {
     /// Of a code: 4, 5, 6 or 8.
     pub bits: u32,
     pub scales: Scales,
@@ -39,8 +39,8 @@ pub(super) struct Layout {
 }
 
 /// Kinds of scales.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Scales {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(in crate::kernels) enum Scales {
     /// One f16 a block.
     Plain,
     /// One f16 a block, and an f16 offset.
@@ -79,7 +79,7 @@ impl Layout {
 }
 
 /// The codes of 32 consecutive weights of a row and their scales, read from a file's block.
-pub(super) struct Decoded {
+pub(in crate::kernels) struct Decoded {
     pub codes: [u8; BLOCK],
     /// f16 bits: scale or `d`, and offset or `m`.
     pub wide: [u16; 2],
@@ -88,7 +88,7 @@ pub(super) struct Decoded {
 }
 
 /// Reads block `block` (of 32 weights) of a row in a block format.
-pub(super) fn decode(format: DType, row: &[u8], block: usize) -> Decoded {
+pub(in crate::kernels) fn decode(format: DType, row: &[u8], block: usize) -> Decoded {
     let bytes = format.block_bytes();
     let group = BLOCK * block / format.block_len();
     let b = &row[group * bytes..][..bytes];

@@ -4,7 +4,7 @@
 mod activations;
 mod attention;
 mod cache;
-mod format;
+pub(super) mod format;
 mod isa;
 mod lanes;
 mod limits;

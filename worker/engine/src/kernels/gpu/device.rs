@@ -1,13 +1,10 @@
-//! GPUs: Burn's CubeCL backends, and whether there is a device for them.
+//! The backends' types, and whether there is a device for them.
 //!
 //! Both libraries open their drivers at run time, and panic where there is none; so a device is looked for behind
 //! `catch_unwind`, once per process.
 
 use std::panic::catch_unwind;
 use std::sync::OnceLock;
-
-use super::Kernels;
-use super::plain::Dense;
 
 /// A device for people, or why there is none.
 type Found = Result<Device, String>;
@@ -18,6 +15,7 @@ pub(crate) struct Device {
     /// Its name.
     pub name: String,
     /// It is a program on the CPU: right, but slower than the CPU's own kernels.
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code))]
     pub software: bool,
 }
 
@@ -42,11 +40,6 @@ pub(crate) mod wgpu {
     /// The backend.
     pub(crate) type Wgpu = burn_wgpu::Wgpu;
 
-    impl Kernels for Wgpu {
-        type Context = ();
-        type Weight = Dense<Self>;
-    }
-
     /// The default device.
     pub(crate) fn device() -> Found {
         static FOUND: OnceLock<Found> = OnceLock::new();
@@ -69,11 +62,6 @@ pub(crate) mod cuda {
 
     /// The backend.
     pub(crate) type Cuda = burn_cuda::Cuda;
-
-    impl Kernels for Cuda {
-        type Context = ();
-        type Weight = Dense<Self>;
-    }
 
     /// The first device.
     pub(crate) fn device() -> Found {
