@@ -368,6 +368,10 @@ fn check_messages(messages: &[ChatMessage]) -> Result<(), JobError> {
             return Err(JobError::field(code::INVALID_REQUEST, param, message));
         }
     }
+    if messages.iter().all(|m| m.content.text().is_empty()) {
+        let message = "messages have no text: every content is empty";
+        return Err(JobError::field(code::INVALID_REQUEST, "messages", message));
+    }
     Ok(())
 }
 
@@ -492,6 +496,7 @@ mod tests {
                 r#"{"prompt":"a","options":{"responseFormat":{"type":"json_schema"}}}"#,
                 "options.responseFormat.json_schema",
             ),
+            (r#"{"messages":[{"role":"user","content":""}]}"#, "messages"),
             (r#"{"prompt":"a","lane":"fast"}"#, "lane"),
             (r#"{"prompt":"a","streamTo":"secrets"}"#, "streamTo"),
             (r#"{"prompt":"a","deadline":"soon"}"#, "deadline"),
