@@ -95,6 +95,8 @@ impl Engine for Echo {
             kv_total: 0,
             tokens: c.tokens.load(Relaxed),
             steps: c.steps.load(Relaxed),
+            drafted: 0,
+            accepted: 0,
         }
     }
 }

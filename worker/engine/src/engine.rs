@@ -7,7 +7,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -39,6 +39,8 @@ struct Gauges {
     kv_total: AtomicU64,
     tokens: AtomicU64,
     steps: AtomicU64,
+    drafted: AtomicU64,
+    accepted: AtomicU64,
 }
 
 /// The engine as its users hold it.
@@ -61,6 +63,8 @@ pub(crate) struct Ready {
     pub info: ModelInfo,
     /// Blocks of its cache.
     pub blocks: usize,
+    /// Whether tokens are guessed ahead.
+    pub speculation: bool,
 }
 
 /// Starts the thread: it calls `load` for the model, since devices prefer to be used from one thread, and runs it.
@@ -77,15 +81,9 @@ pub(crate) fn start<E: Send + 'static>(
             Ok(loaded) => loaded,
             Err(error) => return drop(ready.send(Err(error))),
         };
-        let runner = Runner::new(
-            loaded.model,
-            loaded.language.clone(),
-            &loaded.info,
-            loaded.blocks,
-            thread_gauges,
-            sink,
-        );
-        let _ = ready.send(Ok((loaded.language, loaded.info)));
+        let known = (loaded.language.clone(), loaded.info.clone());
+        let runner = Runner::new(loaded, thread_gauges, sink);
+        let _ = ready.send(Ok(known));
         runner.run(inbox);
     };
     let thread =
@@ -149,6 +147,8 @@ impl Engine for Handle {
             kv_total: gauges.kv_total.load(Relaxed),
             tokens: gauges.tokens.load(Relaxed),
             steps: gauges.steps.load(Relaxed),
+            drafted: gauges.drafted.load(Relaxed),
+            accepted: gauges.accepted.load(Relaxed),
         }
     }
 }
@@ -188,16 +188,10 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(
-        model: Box<dyn Model>,
-        language: Arc<Language>,
-        info: &ModelInfo,
-        blocks: usize,
-        gauges: Arc<Gauges>,
-        sink: Sink,
-    ) -> Self {
+    fn new(ready: Ready, gauges: Arc<Gauges>, sink: Sink) -> Self {
+        let Ready { model, language, info, blocks, speculation } = ready;
         gauges.kv_total.store((blocks * BLOCK) as u64, Relaxed);
-        let scheduler = Scheduler::new(info.slots as usize, blocks);
+        let scheduler = Scheduler::new(info.slots as usize, blocks, speculation);
         let batch = Batch::default();
         Self { model, language, scheduler, batch, pace: Pace::default(), events: Vec::new(), gauges, sink }
     }
@@ -260,11 +254,11 @@ impl Runner {
     /// One forward pass, if there is anything to pass.
     fn step(&mut self) {
         let start = Instant::now();
-        let decoding = self.scheduler.decoding_count();
-        self.scheduler.plan(&mut self.batch, self.pace.chunk(decoding));
+        self.scheduler.plan(&mut self.batch, &self.pace);
         if self.batch.rows() == 0 {
             return;
         }
+        let streams = self.scheduler.stream_rows();
         match catch_unwind(AssertUnwindSafe(|| self.model.forward(&self.batch))) {
             Ok(mut logits) => {
                 self.sample(&mut logits);
@@ -272,32 +266,39 @@ impl Runner {
             }
             Err(panic) => self.recover(internal("computing", &*panic)),
         }
-        self.pace.record(decoding, self.batch.rows(), start.elapsed());
+        self.pace.record(streams, self.batch.rows() - streams, start.elapsed());
         self.gauges.steps.fetch_add(1, Relaxed);
     }
 
-    /// Gives each sequence whose last token was computed its next one. Tokens are chosen side by side: at 16 sequences of a
-    /// large vocabulary it is a tenth of a step.
+    /// Gives each sequence whose last token was computed its next one, or several where guesses were right. Tokens are chosen
+    /// side by side: at 16 sequences of a large vocabulary it is a tenth of a step.
     fn sample(&mut self, logits: &mut [f32]) {
         self.scheduler.computed();
-        let due: Vec<_> = self.scheduler.stepped().filter(|sequence| sequence.pending().is_empty()).collect();
-        let rows: Vec<_> = logits.chunks_exact_mut(self.model.vocabulary()).map(Mutex::new).collect();
-        assert_eq!(rows.len(), due.len(), "a row of logits for each sequence that is all computed");
-        let chosen: Vec<_> = due.iter().map(|_| OnceLock::new()).collect();
+        let (vocabulary, tokenizer) = (self.model.vocabulary(), &self.language.tokenizer);
+        let mut rest = logits;
+        let mut take = |sequence: &Sequence| {
+            let rows = 1 + sequence.draft.tokens.len();
+            rest.split_off_mut(..rows * vocabulary)
+                .expect("rows of logits for each sequence that is all computed")
+        };
+        let due = self.scheduler.stepped().filter(|sequence| sequence.pending().is_empty());
+        let due: Vec<_> = due.map(|sequence| Mutex::new((take(sequence), sequence))).collect();
+        assert!(rest.is_empty(), "no logits of any other sequence");
+        let gauges = &self.gauges;
         self.model.parallel(due.len(), &|index| {
             // Only this task takes the lock, so nobody has poisoned it.
-            let mut row = rows[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            let token = catch_unwind(AssertUnwindSafe(|| due[index].choose(&mut row)));
-            let _ = chosen[index].set(token.map_err(|panic| internal("choosing a token", &*panic)));
-        });
-        self.gauges.tokens.fetch_add(due.len() as u64, Relaxed);
-        for (sequence, chosen) in due.into_iter().zip(chosen) {
-            match chosen.into_inner() {
-                Some(Ok(token)) => sequence.accept(token, &self.language.tokenizer),
-                Some(Err(error)) => sequence.end(FinishReason::Error(error)),
-                None => unreachable!("every task was run"),
+            let mut due = due[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let (logits, sequence) = &mut *due;
+            let guessed = sequence.draft.tokens.len();
+            match catch_unwind(AssertUnwindSafe(|| sequence.advance(logits, vocabulary, tokenizer))) {
+                Ok(right) => {
+                    gauges.drafted.fetch_add(guessed as u64, Relaxed);
+                    gauges.accepted.fetch_add(right as u64, Relaxed);
+                    gauges.tokens.fetch_add(sequence.new_tokens() as u64, Relaxed);
+                }
+                Err(panic) => sequence.end(FinishReason::Error(internal("choosing a token", &*panic))),
             }
-        }
+        });
     }
 
     /// After a panic in the model: those in the step end, the others are computed again.

@@ -19,6 +19,7 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod setup;
+mod speculation;
 mod stop;
 mod template;
 mod tokenizer;

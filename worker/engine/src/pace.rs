@@ -2,8 +2,9 @@
 //!
 //! While nobody is streaming, large chunks are the most efficient. Beside running streams a chunk lengthens the gap between
 //! two of their tokens; so its size follows from measured times: a step with a chunk shall take about two and a half times
-//! one without.
+//! one without. The same times tell what guessed tokens cost.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Most prompt tokens in one step.
@@ -18,13 +19,16 @@ const NEWEST: f64 = 0.2;
 /// Running means of what steps take, seconds.
 #[derive(Default)]
 pub(crate) struct Pace {
-    /// A step that only decodes.
-    decode: Option<f64>,
+    /// A step that only decodes, by its rows.
+    steps: BTreeMap<usize, f64>,
     /// What one prompt token adds.
     token: Option<f64>,
     /// Tests choose the chunks themselves.
     #[cfg(test)]
     pub fixed: Option<usize>,
+    /// And how many tokens are guessed.
+    #[cfg(test)]
+    pub fixed_draft: Option<usize>,
 }
 
 impl Pace {
@@ -34,30 +38,49 @@ impl Pace {
         if let Some(fixed) = self.fixed {
             return fixed;
         }
-        match (decoding, self.decode, self.token) {
-            (0, _, _) => LARGEST,
-            (_, Some(decode), Some(token)) => {
-                ((STRETCH * decode / token) as usize).clamp(SMALLEST, LARGEST) & !7
-            }
+        if decoding == 0 {
+            return LARGEST;
+        }
+        match (self.step(decoding), self.token) {
+            (Some(step), Some(token)) => ((STRETCH * step / token) as usize).clamp(SMALLEST, LARGEST) & !7,
             _ => 4 * SMALLEST,
         }
     }
 
-    /// Learns from a step of `rows` rows, `decoding` of which were single tokens of streams.
-    pub fn record(&mut self, decoding: usize, rows: usize, took: Duration) {
+    /// What a step of `rows` rows takes that only decodes; `None` if there was no step yet.
+    pub fn step(&self, rows: usize) -> Option<f64> {
+        let below = self.steps.range(..=rows).next_back();
+        let above = self.steps.range(rows..).next();
+        match (below, above) {
+            (Some((low, short)), Some((high, long))) if low < high => {
+                Some(short + (long - short) * (rows - low) as f64 / (high - low) as f64)
+            }
+            (Some((low, short)), None) => Some(short + self.prompt(rows - low)),
+            (_, Some((_, long))) => Some(*long),
+            (None, None) => None,
+        }
+    }
+
+    /// What `tokens` tokens of a prompt add to a step.
+    pub fn prompt(&self, tokens: usize) -> f64 {
+        self.token.unwrap_or(0.0) * tokens as f64
+    }
+
+    /// Learns from a step of `streams` rows that decode and `prompt` rows of prompts.
+    pub fn record(&mut self, streams: usize, prompt: usize, took: Duration) {
         let took = took.as_secs_f64();
-        let prompt = rows.saturating_sub(decoding);
         if prompt == 0 {
-            mix(&mut self.decode, took);
+            mix(self.steps.entry(streams).or_insert(took), took);
         } else if prompt >= SMALLEST {
-            let beside = if decoding > 0 { self.decode.unwrap_or(0.0) } else { 0.0 };
-            mix(&mut self.token, (took - beside).max(0.1 * took) / prompt as f64);
+            let beside = if streams > 0 { self.step(streams).unwrap_or(0.0) } else { 0.0 };
+            let token = (took - beside).max(0.1 * took) / prompt as f64;
+            mix(self.token.get_or_insert(token), token);
         }
     }
 }
 
-fn mix(mean: &mut Option<f64>, newest: f64) {
-    *mean = Some(mean.map_or(newest, |mean| mean + NEWEST * (newest - mean)));
+fn mix(mean: &mut f64, newest: f64) {
+    *mean += NEWEST * (newest - *mean);
 }
 
 #[cfg(test)]
@@ -70,15 +93,27 @@ mod tests {
         assert_eq!(pace.chunk(0), LARGEST);
         for _ in 0..50 {
             pace.record(0, 512, Duration::from_millis(512));
-            pace.record(8, 8, Duration::from_millis(20));
+            pace.record(8, 0, Duration::from_millis(20));
         }
         assert_eq!(pace.chunk(0), LARGEST);
         // 20 ms a step, 1 ms a token: 30 tokens, in whole eights.
         assert_eq!(pace.chunk(8), 24);
-        pace.record(8, 8, Duration::from_nanos(1));
+        pace.record(8, 0, Duration::from_nanos(1));
         for _ in 0..100 {
-            pace.record(8, 8, Duration::from_micros(10));
+            pace.record(8, 0, Duration::from_micros(10));
         }
         assert_eq!(pace.chunk(8), SMALLEST);
+    }
+
+    #[test]
+    fn steps_never_seen_lie_between_those_that_were() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.step(1), None);
+        pace.record(2, 0, Duration::from_millis(20));
+        pace.record(6, 0, Duration::from_millis(40));
+        let millis = |pace: &Pace, rows| (pace.step(rows).unwrap() * 1e3).round() as u32;
+        assert_eq!([1, 2, 3, 6, 9].map(|rows| millis(&pace, rows)), [20, 20, 25, 40, 40]);
+        pace.record(0, 100, Duration::from_millis(500));
+        assert_eq!(millis(&pace, 9), 55, "a row beyond costs what a prompt's does");
     }
 }

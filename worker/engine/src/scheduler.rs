@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use crate::batch::Batch;
 use crate::kernels::BLOCK;
 use crate::kv::BlockPool;
+use crate::pace::Pace;
 use crate::sequence::Sequence;
 use crate::{Priority, SequenceId};
 
@@ -28,6 +29,8 @@ struct Running {
 pub(crate) struct Scheduler {
     slots: usize,
     pool: BlockPool,
+    /// Whether tokens are guessed ahead.
+    speculation: bool,
     /// By [`Priority`].
     waiting: [VecDeque<Sequence>; 2],
     /// By importance: interactive before batch, earlier arrivals before later ones.
@@ -38,11 +41,12 @@ pub(crate) struct Scheduler {
 }
 
 impl Scheduler {
-    /// At most `slots` sequences together, over `blocks` blocks of cache.
-    pub fn new(slots: usize, blocks: usize) -> Self {
+    /// At most `slots` sequences together, over `blocks` blocks of cache; `speculation`: tokens may be guessed ahead.
+    pub fn new(slots: usize, blocks: usize, speculation: bool) -> Self {
         Self {
             slots,
             pool: BlockPool::new(blocks),
+            speculation,
             waiting: Default::default(),
             running: Vec::new(),
             arrivals: 0,
@@ -93,32 +97,61 @@ impl Scheduler {
         running.chain(self.waiting.iter_mut().flatten())
     }
 
-    /// Fills `batch` with the next step: all that decode, and up to `chunk` tokens of prompts.
-    pub fn plan(&mut self, batch: &mut Batch, chunk: usize) {
+    /// Fills `batch` with the next step: all that decode, with guesses where they pay, and a chunk of prompts.
+    pub fn plan(&mut self, batch: &mut Batch, pace: &Pace) {
         batch.clear();
         if self.make_room() {
             self.admit();
         }
-        let mut left = chunk;
-        for running in &mut self.running {
-            let sequence = &running.sequence;
+        let prompt = self.plan_rows(pace.chunk(self.decoding_count()));
+        if self.speculation {
+            self.speculate(pace.prompt(prompt), pace);
+        }
+        for Running { sequence, rows } in self.running.iter().filter(|running| running.rows > 0) {
             let pending = sequence.pending();
-            let rows = if sequence.decoding() { 1 } else { pending.len().min(left) };
-            running.rows = rows;
-            if rows == 0 {
-                continue;
+            let outputs = usize::from(*rows == pending.len());
+            batch.push(&pending[..*rows], sequence.computed, sequence.table.blocks(), outputs);
+            batch.extend(&sequence.draft.tokens);
+        }
+    }
+
+    /// Decides how many tokens of each sequence the step computes: one of those that decode, and up to `chunk` of prompts. Says
+    /// how many of prompts.
+    fn plan_rows(&mut self, chunk: usize) -> usize {
+        let mut left = chunk;
+        for Running { sequence, rows } in &mut self.running {
+            if sequence.decoding() {
+                *rows = 1;
+            } else {
+                *rows = sequence.pending().len().min(left);
+                left -= *rows;
             }
-            if !sequence.decoding() {
-                left -= rows;
-            }
-            let outputs = usize::from(rows == pending.len());
-            batch.push(&pending[..rows], sequence.computed, sequence.table.blocks(), outputs);
+        }
+        chunk - left
+    }
+
+    /// Adds guesses to the step, in blocks that nobody needs now. What else is in it takes `beside` seconds.
+    fn speculate(&mut self, beside: f64, pace: &Pace) {
+        let mut rows = self.decoding_count();
+        for Running { sequence, .. } in &mut self.running {
+            let blocks = sequence.table.blocks().len() + self.pool.available();
+            let room = blocks * BLOCK - sequence.tokens().len();
+            let guessed = sequence.speculate(room, rows, beside, pace);
+            let positions = sequence.tokens().len() + guessed;
+            let granted = self.pool.grow(&mut sequence.table, positions);
+            debug_assert!(granted, "there is room");
+            rows += guessed;
         }
     }
 
     /// Gives every running sequence the blocks it needs, by importance, and preempts where there are none. Whether nobody had
     /// to go.
     fn make_room(&mut self) -> bool {
+        for Running { sequence, .. } in &mut self.running {
+            // Room for guesses that were wrong.
+            let positions = sequence.tokens().len();
+            self.pool.shrink(&mut sequence.table, positions);
+        }
         let before = self.running.len();
         let mut index = 0;
         while index < self.running.len() {
@@ -188,13 +221,20 @@ impl Scheduler {
         self.running.insert(place, Running { sequence, rows: 0 });
     }
 
+    /// Rows of the planned step that belong to sequences that decode, guesses included.
+    pub fn stream_rows(&self) -> usize {
+        let decoding =
+            self.running.iter().map(|running| &running.sequence).filter(|sequence| sequence.decoding());
+        decoding.map(|sequence| 1 + sequence.draft.tokens.len()).sum()
+    }
+
     /// Sequences that take part in the planned step, in the batch's order.
     pub fn stepped(&mut self) -> impl Iterator<Item = &mut Sequence> {
         let stepped = self.running.iter_mut().filter(|running| running.rows > 0);
         stepped.map(|running| &mut running.sequence)
     }
 
-    /// Notes that the planned rows are in the cache now.
+    /// Notes that the planned rows are in the cache now, all but those of guesses.
     pub fn computed(&mut self) {
         for running in &mut self.running {
             let sequence = &mut running.sequence;

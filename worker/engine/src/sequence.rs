@@ -7,6 +7,8 @@
 use std::time::Instant;
 
 use crate::kv::Table;
+use crate::pace::Pace;
+use crate::speculation::{Chance, Drafter};
 use crate::{
     Detokenizer, Event, Finish, FinishReason, Priority, Request, Sampling, SequenceId, StopMatcher,
     TokenCounts, Tokenizer, Usage, sample,
@@ -28,6 +30,8 @@ pub(crate) struct Sequence {
     pub table: Table,
     /// How many of its tokens are in the cache.
     pub computed: usize,
+    /// What the planned step guesses of the tokens behind.
+    pub draft: Draft,
     /// Why it is over; set once.
     pub ended: Option<FinishReason>,
     /// Prompt, resumed and new tokens.
@@ -42,7 +46,18 @@ pub(crate) struct Sequence {
     text: TextStream,
     /// What the running step adds to its event.
     step: Output,
-    cached_prompt: u32,
+    /// How much of the prompt the cache held when it was first let in.
+    cached_prompt: Option<u32>,
+    drafter: Drafter,
+}
+
+/// Tokens that are guessed to come next.
+#[derive(Default)]
+pub(crate) struct Draft {
+    /// In order.
+    pub tokens: Vec<u32>,
+    /// Where they come from.
+    chance: Option<Chance>,
 }
 
 /// What a step did for one sequence.
@@ -65,6 +80,7 @@ impl Sequence {
             arrival: 0,
             table: Table::default(),
             computed: 0,
+            draft: Draft::default(),
             ended: None,
             prompt: prompt.len(),
             limit: prompt.len().saturating_add(most).min(context),
@@ -73,7 +89,8 @@ impl Sequence {
             counts: TokenCounts::new(),
             text: TextStream::new(&request.stop),
             step: Output::default(),
-            cached_prompt: 0,
+            cached_prompt: None,
+            drafter: Drafter::default(),
         };
         sequence.resume(&request.resume, tokenizer);
         sequence
@@ -112,19 +129,59 @@ impl Sequence {
     /// Notes that the cache held the first `positions` of its tokens when it was let in.
     pub fn found_in_cache(&mut self, positions: usize) {
         self.computed = positions;
-        self.cached_prompt = self.cached_prompt.max(positions.min(self.prompt) as u32);
+        // Later it may find what it computed itself.
+        self.cached_prompt.get_or_insert(positions.min(self.prompt) as u32);
+    }
+
+    /// Whether tokens may be guessed ahead for it.
+    fn may_speculate(&self) -> bool {
+        self.decoding()
+    }
+
+    /// Guesses what comes next, where that is likely to save time, and says how many tokens: at most `room`, beside `rows`
+    /// other rows and what takes `beside` seconds.
+    pub fn speculate(&mut self, room: usize, rows: usize, beside: f64, pace: &Pace) -> usize {
+        self.draft = Draft::default();
+        // The token that is sampled behind the guesses must be within the limit too.
+        let most = room.min(self.limit.saturating_sub(self.tokens.len() + 1));
+        if !self.may_speculate() || most == 0 {
+            return 0;
+        }
+        let Some(chance) = self.drafter.find(&self.tokens) else { return 0 };
+        let length = self.drafter.length(chance, most, rows, beside, pace);
+        self.draft = Draft { tokens: chance.guess(&self.tokens, length), chance: Some(chance) };
+        length
+    }
+
+    /// Chooses the next token from the first row of `logits`, and as long as it is what was guessed, another one from the next
+    /// row. Gives back how many guesses were right; the keys and values of the others count as not computed.
+    pub fn advance(&mut self, logits: &mut [f32], vocabulary: usize, tokenizer: &Tokenizer) -> usize {
+        let draft = std::mem::take(&mut self.draft);
+        let mut guesses = draft.tokens.iter();
+        let mut right = 0;
+        for row in logits.chunks_exact_mut(vocabulary) {
+            let token = self.choose(row);
+            self.step.tokens.push(token);
+            self.push(token, tokenizer);
+            if guesses.next() != Some(&token) {
+                break;
+            }
+            right += 1;
+            self.computed += 1;
+            if self.ended.is_some() {
+                break;
+            }
+        }
+        if let Some(chance) = draft.chance {
+            self.drafter.learn(chance, draft.tokens.len(), right);
+        }
+        right
     }
 
     /// Chooses the next token from the logits behind the last one; they are overwritten.
-    pub fn choose(&self, logits: &mut [f32]) -> u32 {
+    fn choose(&self, logits: &mut [f32]) -> u32 {
         let position = (self.tokens.len() - self.prompt) as u64;
         sample(logits, &self.sampling, &self.counts, position)
-    }
-
-    /// Takes the chosen token.
-    pub fn accept(&mut self, token: u32, tokenizer: &Tokenizer) {
-        self.step.tokens.push(token);
-        self.push(token, tokenizer);
     }
 
     /// Puts a token behind the others and looks what it means for the text.
@@ -156,6 +213,11 @@ impl Sequence {
         self.ended = Some(if stopped { FinishReason::Stop } else { reason });
     }
 
+    /// How many tokens this step has chosen.
+    pub fn new_tokens(&self) -> usize {
+        self.step.tokens.len()
+    }
+
     /// What this step did for it, if anything.
     pub fn take_event(&mut self) -> Option<Event> {
         let Output { tokens, text } = std::mem::take(&mut self.step);
@@ -170,7 +232,7 @@ impl Sequence {
         Usage {
             prompt_tokens: self.prompt as u32,
             completion_tokens: (self.tokens.len() - self.prompt) as u32,
-            cached_prompt_tokens: self.cached_prompt,
+            cached_prompt_tokens: self.cached_prompt.unwrap_or(0),
         }
     }
 }
