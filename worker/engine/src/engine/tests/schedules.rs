@@ -54,8 +54,8 @@ fn any_attempt(random: &mut StdRng, id: u64) -> (Request, Heard) {
 fn play(seed: u64, seen: &Seen) {
     let mut random = StdRng::seed_from_u64(seed);
     let random = &mut random;
-    let slots = random.random_range(1..6);
-    let blocks = CONTEXT.div_ceil(BLOCK) + random.random_range(0..6);
+    let slots = random.random_range(1..8);
+    let blocks = CONTEXT.div_ceil(BLOCK) + random.random_range(0..4);
     let (mut runner, ears) = runner(slots, blocks);
     runner.pace.fixed = Some(random.random_range(1..80));
     runner.pace.fixed_draft = Some(random.random_range(0..8));
@@ -63,7 +63,7 @@ fn play(seed: u64, seen: &Seen) {
     let mut cut = Vec::new();
     let mut next = attempts.iter();
     while next.len() > 0 || !runner.scheduler.is_idle() {
-        if random.random_bool(0.2) {
+        if random.random_bool(0.4) {
             next.next().into_iter().for_each(|(request, _)| runner.submit(request.clone()));
         }
         if random.random_bool(0.02) {
