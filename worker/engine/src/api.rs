@@ -89,6 +89,8 @@ pub struct Request {
     pub priority: Priority,
     /// After this moment the request ends with [`FinishReason::Deadline`].
     pub deadline: Option<Instant>,
+    /// Whose it is. Within a priority, turns go to the user who has had the least computed.
+    pub user: u64,
 }
 
 /// Why a generation ended.

@@ -349,6 +349,7 @@ mod tests {
             resume: Vec::new(),
             priority: Priority::Interactive,
             deadline: None,
+            user: 0,
         }
     }
 

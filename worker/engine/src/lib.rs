@@ -9,6 +9,7 @@ pub mod bench;
 mod detokenize;
 mod echo;
 mod engine;
+mod fairness;
 pub mod kernels;
 mod kv;
 mod language;

@@ -116,4 +116,24 @@ mod tests {
         pace.record(0, 100, Duration::from_millis(500));
         assert_eq!(millis(&pace, 9), 55, "a row beyond costs what a prompt's does");
     }
+
+    #[test]
+    fn a_step_with_a_chunk_stays_below_three_without() {
+        // Eight streams, on machines where a prompt's token costs little or much beside a step.
+        for token in [0.01, 0.1, 0.3, 0.7] {
+            let mut pace = Pace::default();
+            let mut longest = 0.0_f64;
+            for round in 0..300 {
+                // Times vary by a tenth.
+                let vary = 1.0 + 0.1 * ((round * 7 % 10) as f64 / 4.5 - 1.0);
+                let chunk = if round % 2 == 0 { 0 } else { pace.chunk(8) };
+                let took = (5.0 + token * chunk as f64) * vary;
+                if round > 20 {
+                    longest = longest.max(took);
+                }
+                pace.record(8, chunk, Duration::from_secs_f64(took / 1e3));
+            }
+            assert!(longest < 3.0 * 5.0, "{longest} ms where a token takes {token}");
+        }
+    }
 }

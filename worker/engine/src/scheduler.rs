@@ -2,13 +2,14 @@
 //!
 //! Continuous batching: before every step the scheduler looks again at who is there. Running sequences get their row; what is
 //! left of the step's budget goes to prompts, in chunks, so that a long prompt does not hold up the streams beside it.
-//! Sequences are let in while there are slots and blocks for all their tokens. When a running one needs a block and there is
+//! Sequences are let in while there are slots and blocks for all their tokens; within a lane, that of the user who has had least. When a running one needs a block and there is
 //! none, the least important one is preempted: it gives all its blocks up, waits at the head of its lane, and is computed
 //! again later. The most important one always finds room, because the cache holds at least one whole context.
 
 use std::collections::VecDeque;
 
 use crate::batch::Batch;
+use crate::fairness::Accounts;
 use crate::kernels::BLOCK;
 use crate::kv::BlockPool;
 use crate::pace::Pace;
@@ -17,6 +18,8 @@ use crate::{Priority, SequenceId};
 
 /// Every so-many-th slot, and every so-many-th admission, belongs to the batch lane if something waits there.
 const BATCH_SHARE: usize = 10;
+/// Every so-many-th prompt token of a step is the most important sequence's, whoever has had how much.
+const FIRST_SHARE: usize = 4;
 
 /// A sequence with a slot.
 struct Running {
@@ -35,6 +38,7 @@ pub(crate) struct Scheduler {
     waiting: [VecDeque<Sequence>; 2],
     /// By importance: interactive before batch, earlier arrivals before later ones.
     running: Vec<Running>,
+    accounts: Accounts,
     arrivals: u64,
     /// Admissions since one from the batch lane.
     since_batch: usize,
@@ -49,6 +53,7 @@ impl Scheduler {
             speculation,
             waiting: Default::default(),
             running: Vec::new(),
+            accounts: Accounts::default(),
             arrivals: 0,
             since_batch: 0,
         }
@@ -56,6 +61,7 @@ impl Scheduler {
 
     /// Takes a sequence in.
     pub fn submit(&mut self, mut sequence: Sequence) {
+        self.accounts.enter(sequence.user);
         self.arrivals += 1;
         sequence.arrival = self.arrivals;
         self.waiting[sequence.priority as usize].push_back(sequence);
@@ -115,18 +121,28 @@ impl Scheduler {
         }
     }
 
-    /// Decides how many tokens of each sequence the step computes: one of those that decode, and up to `chunk` of prompts. Says
-    /// how many of prompts.
+    /// Decides how many tokens of each sequence the step computes: one of those that decode, and up to `chunk` of prompts, those
+    /// of the least served users first. Says how many of prompts.
     fn plan_rows(&mut self, chunk: usize) -> usize {
-        let mut left = chunk;
-        for Running { sequence, rows } in &mut self.running {
-            if sequence.decoding() {
-                *rows = 1;
-            } else {
-                *rows = sequence.pending().len().min(left);
-                left -= *rows;
+        let mut prompts = Vec::new();
+        for (index, Running { sequence, rows }) in self.running.iter_mut().enumerate() {
+            *rows = sequence.decoding().into();
+            if !sequence.decoding() {
+                prompts.push((sequence.priority, self.accounts.served(sequence.user), index));
             }
         }
+        let mut left = chunk;
+        let mut give = |index: usize, most: usize| {
+            let Running { sequence, rows } = &mut self.running[index];
+            let more = (sequence.pending().len() - *rows).min(most).min(left);
+            *rows += more;
+            left -= more;
+        };
+        if let Some((.., first)) = prompts.first() {
+            give(*first, chunk.div_ceil(FIRST_SHARE));
+        }
+        prompts.sort_unstable();
+        prompts.iter().for_each(|(.., index)| give(*index, chunk));
         chunk - left
     }
 
@@ -179,7 +195,8 @@ impl Scheduler {
     fn admit(&mut self) {
         while self.running.len() < self.slots {
             let Some(lane) = self.next_lane() else { return };
-            let sequence = &mut self.waiting[lane as usize][0];
+            let place = self.next_place(lane);
+            let sequence = &self.waiting[lane as usize][place];
             let mut table = self.pool.reuse(sequence.tokens());
             let found = table.blocks().len() * BLOCK;
             // One block for each that runs stays free, or the newcomer would soon push somebody out.
@@ -190,7 +207,7 @@ impl Scheduler {
                 self.pool.release(table);
                 return;
             }
-            let mut sequence = self.waiting[lane as usize].pop_front().expect("it was there");
+            let mut sequence = self.waiting[lane as usize].remove(place).expect("it was there");
             sequence.table = table;
             sequence.found_in_cache(found);
             self.insert(sequence);
@@ -209,6 +226,21 @@ impl Scheduler {
             (false, true) => Some(Priority::Batch),
             (false, false) => None,
         }
+    }
+
+    /// Whose turn it is within a lane: that of one who was in already, then that of the user who has had least, what has
+    /// been let in counted.
+    fn next_place(&self, lane: Priority) -> usize {
+        let promised = |user| {
+            let running = self.running.iter().filter(move |running| running.sequence.user == user);
+            running.map(|running| running.sequence.pending().len() as u64).sum::<u64>()
+        };
+        let order = |sequence: &Sequence| match sequence.was_admitted() {
+            true => None,
+            false => Some(self.accounts.served(sequence.user) + promised(sequence.user)),
+        };
+        let lane = &self.waiting[lane as usize];
+        (0..lane.len()).min_by_key(|place| order(&lane[*place])).unwrap_or(0)
     }
 
     fn insert(&mut self, sequence: Sequence) {
@@ -238,6 +270,7 @@ impl Scheduler {
     pub fn computed(&mut self) {
         for running in &mut self.running {
             let sequence = &mut running.sequence;
+            self.accounts.charge(sequence.user, running.rows + sequence.draft.tokens.len());
             sequence.computed += running.rows;
             let mut table = std::mem::take(&mut sequence.table);
             self.pool.publish(&mut table, sequence.tokens(), sequence.computed);
@@ -258,6 +291,7 @@ impl Scheduler {
             self.pool.release(std::mem::take(&mut sequence.table));
             ended.push(sequence);
         }
+        ended.iter().for_each(|sequence| self.accounts.leave(sequence.user));
         ended
     }
 
@@ -275,6 +309,7 @@ impl Scheduler {
     /// Hands out all sequences, and is as new.
     pub fn dissolve(&mut self) -> Vec<Sequence> {
         self.forget_cache();
+        self.accounts = Accounts::default();
         self.waiting.iter_mut().flat_map(|lane| lane.drain(..)).collect()
     }
 }

@@ -20,6 +20,8 @@ pub(crate) struct Sequence {
     pub id: SequenceId,
     /// Who goes first.
     pub priority: Priority,
+    /// Whose it is.
+    pub user: u64,
     /// When it ends at the latest.
     pub deadline: Option<Instant>,
     /// Ends at nothing but its length; for benchmarks.
@@ -75,6 +77,7 @@ impl Sequence {
         let mut sequence = Self {
             id: request.id,
             priority: request.priority,
+            user: request.user,
             deadline: request.deadline,
             endless: false,
             arrival: 0,
@@ -124,6 +127,11 @@ impl Sequence {
     /// Whether only its newest token has to be computed before the next can be sampled.
     pub fn decoding(&self) -> bool {
         self.pending().len() == 1 && self.tokens.len() > self.prompt
+    }
+
+    /// Whether it has been let in before.
+    pub fn was_admitted(&self) -> bool {
+        self.cached_prompt.is_some()
     }
 
     /// Notes that the cache held the first `positions` of its tokens when it was let in.

@@ -23,6 +23,7 @@ fn requests() -> Vec<Request> {
         resume: Vec::new(),
         priority: if id == 3 { Priority::Batch } else { Priority::Interactive },
         deadline: None,
+        user: 0,
     };
     SUBJECTS.iter().zip(0..).map(request).collect()
 }

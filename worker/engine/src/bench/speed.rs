@@ -126,6 +126,7 @@ impl Bench {
             resume: Vec::new(),
             priority: Priority::Interactive,
             deadline: None,
+            user: 0,
         };
         let tokenizer = &self.handle.language().tokenizer;
         let mut sequence = Sequence::new(request, prompt, tokenizer, self.handle.info().context as usize);

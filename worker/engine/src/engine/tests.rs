@@ -154,6 +154,7 @@ fn request(id: u64, prompt: &str) -> Request {
         resume: Vec::new(),
         priority: Priority::Interactive,
         deadline: None,
+        user: 0,
     }
 }
 
@@ -205,6 +206,7 @@ fn any_request(random: &mut StdRng, id: u64) -> Request {
     if random.random_bool(0.3) {
         request.stop = vec![(0..random.random_range(1..3)).map(|_| letter(random)).collect()];
     }
+    request.user = random.random_range(0..3);
     if random.random_bool(0.3) {
         request.priority = Priority::Batch;
     }
@@ -384,6 +386,85 @@ fn a_long_prompt_does_not_stop_running_streams() {
         runner.turn();
         assert!(ears.of(1).tokens.len() > before || ears.of(1).finish.is_some());
     }
+}
+
+#[test]
+fn a_crowd_of_one_user_delays_another_by_one_slot() {
+    let (mut runner, ears) = runner(2, 20);
+    runner.pace.fixed_draft = Some(0);
+    let crowd = 1..=100;
+    // Their ends are apart.
+    let of_crowd = |id| Request { user: 1, max_tokens: Some(10 + id as u32), ..request(id, "one of many") };
+    crowd.clone().for_each(|id| runner.submit(of_crowd(id)));
+    (0..5).for_each(|_| runner.turn());
+    runner.submit(Request { user: 2, ..request(200, "alone") });
+    let heard = |ids: std::ops::RangeInclusive<u64>| ids.filter(|id| !ears.of(*id).tokens.is_empty()).count();
+    let before = heard(crowd.clone());
+    assert_eq!(before, 2);
+    while ears.of(200).tokens.is_empty() {
+        runner.turn();
+    }
+    assert_eq!(heard(crowd), before, "nobody of the crowd went before");
+}
+
+#[test]
+fn long_prompts_of_one_user_do_not_hold_up_a_short_one_of_another_nor_the_reverse() {
+    let (mut runner, ears) = runner(4, 30);
+    runner.pace.fixed = Some(16);
+    for id in [1, 2] {
+        runner.submit(Request { user: 1, ..request(id, &format!("{id}{}", "7".repeat(160))) });
+    }
+    runner.turn();
+    runner.submit(Request { user: 2, ..request(3, "0123456789") });
+    (0..2).for_each(|_| runner.turn());
+    assert!(!ears.of(3).tokens.is_empty());
+    assert!(ears.of(1).tokens.is_empty());
+    // Others with short prompts keep coming, and the long one gets on.
+    for id in 10..50 {
+        runner.submit(Request { user: id, max_tokens: Some(1), ..request(id, &"01234567".repeat(3)) });
+        runner.turn();
+    }
+    assert!(!ears.of(1).tokens.is_empty());
+}
+
+#[test]
+fn beside_streams_a_prompt_of_4000_tokens_comes_in_bounded_chunks() {
+    const LONG: usize = 4000;
+    let (mut runner, ears) = runner(9, 200);
+    runner.pace.fixed = Some(24);
+    (1..=8).for_each(|id| runner.submit(Request { max_tokens: None, ..request(id, &format!("{id}")) }));
+    (0..2).for_each(|_| runner.turn());
+    runner.pace.fixed_draft = Some(0);
+    let long = runner.language.prepare(request(9, &"7".repeat(LONG)), LONG + 100).unwrap();
+    runner.obey(Command::Submit(Box::new(long)));
+    let mut steps = 0;
+    while ears.of(9).tokens.is_empty() {
+        let streams = |ears: &Ears| (1..=8).map(|id| ears.of(id).tokens.len()).sum::<usize>();
+        let (before, decoding) = (streams(&ears), runner.scheduler.decoding_count());
+        runner.turn();
+        steps += 1;
+        assert!(runner.batch.rows() <= decoding + 24);
+        assert_eq!(streams(&ears), before + decoding, "each stream gets its token in every step");
+    }
+    assert_eq!(steps, LONG.div_ceil(24));
+}
+
+#[test]
+fn a_shared_system_prompt_is_computed_once() {
+    let (mut runner, ears) = runner(1, 40);
+    let mut rows = |id: u64| {
+        let prompt = format!("{}{id}{id}", "7".repeat(500));
+        let sequence = runner.language.prepare(Request { max_tokens: Some(1), ..request(id, &prompt) }, 600);
+        runner.obey(Command::Submit(Box::new(sequence.unwrap())));
+        let mut rows = 0;
+        while ears.of(id).tokens.is_empty() {
+            runner.turn();
+            rows += runner.batch.rows();
+        }
+        rows
+    };
+    let (first, second) = (rows(1), rows(2));
+    assert!(first >= 500 && second < first / 4, "{second} rows, {first} at first");
 }
 
 #[test]
