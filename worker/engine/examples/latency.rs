@@ -38,7 +38,7 @@ impl Running {
     }
 
     fn step(&self) -> (Instant, Vec<Event>) {
-        self.events.recv().expect("the engine goes on")
+        self.events.recv_timeout(Duration::from_secs(10)).expect("the engine goes on")
     }
 }
 
@@ -62,7 +62,7 @@ fn chat(content: String) -> Prompt {
 
 fn main() {
     let path = std::env::args().nth(1).expect("a model's file");
-    for speculation in [false, true, false, true] {
+    for speculation in [false, true] {
         repeat(&Running::load(&path, speculation), speculation);
     }
     let running = Running::load(&path, true);
@@ -93,30 +93,30 @@ fn repeat(running: &Running, speculation: bool) {
 /// Pauses of eight streams, without and beside a long prompt.
 fn pauses(running: &Running) {
     for id in 1..=8 {
-        let prompt = chat(format!("Tell me a very long story about the number {id}."));
+        let prompt = Prompt::Text(format!("Chapter {id}. Once upon a time there was a"));
         running.engine.submit(request(id, prompt, 600));
     }
     let mut last: [Option<Instant>; 9] = [None; 9];
     let (mut gaps, mut beside) = (Vec::new(), Vec::new());
-    let (mut sent, mut long_done) = (false, false);
+    let (mut sent, mut long_done, mut ended) = (false, false, 0);
     while !long_done {
         let (when, events) = running.step();
         for event in events {
             let id = event.id.0 as usize;
             long_done |= id == 9;
+            ended += usize::from(event.finish.is_some());
             if let Some(before) = last.get_mut(id).and_then(|last| last.replace(when)) {
                 if sent { beside.push(when - before) } else { gaps.push(when - before) }
             }
         }
-        if !sent && gaps.len() > 400 {
+        if !sent && gaps.len() > 160 {
             sent = true;
             let words = 4000.min(running.engine.info().context as usize / 2);
             running.engine.submit(request(9, Prompt::Text(" tea".repeat(words)), 1));
         }
     }
     (1..=8).for_each(|id| running.engine.cancel(SequenceId(id)));
-    let mut ended = 0;
-    while ended < 8 {
+    while ended < 9 {
         ended += running.step().1.iter().filter(|event| event.finish.is_some()).count();
     }
     gaps.sort();
