@@ -1,8 +1,8 @@
 //! How much of a prompt goes into one step.
 //!
 //! While nobody is streaming, large chunks are the most efficient. Beside running streams a chunk lengthens the gap between
-//! two of their tokens; so its size follows from measured times: a step with a chunk shall take about two and a half times
-//! one without. The same times tell what guessed tokens cost.
+//! two of their tokens; so its size follows from measured times: a step with a chunk shall take about twice as
+//! long as one without, and then stays below three times where the times vary. The same times tell what guessed tokens cost.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,7 +12,7 @@ const LARGEST: usize = 512;
 /// Fewest; also a prompt must get on.
 const SMALLEST: usize = 8;
 /// Time for a chunk, in steps without one.
-const STRETCH: f64 = 1.5;
+const STRETCH: f64 = 1.0;
 /// Weight of the newest measurement.
 const NEWEST: f64 = 0.2;
 
@@ -55,15 +55,11 @@ impl Pace {
             (Some((low, short)), Some((high, long))) if low < high => {
                 Some(short + (long - short) * (rows - low) as f64 / (high - low) as f64)
             }
-            (Some((low, short)), None) => Some(short + self.prompt(rows - low)),
+            // A row beyond costs what a prompt's does.
+            (Some((low, short)), None) => Some(short + self.token.unwrap_or(0.0) * (rows - low) as f64),
             (_, Some((_, long))) => Some(*long),
             (None, None) => None,
         }
-    }
-
-    /// What `tokens` tokens of a prompt add to a step.
-    pub fn prompt(&self, tokens: usize) -> f64 {
-        self.token.unwrap_or(0.0) * tokens as f64
     }
 
     /// Learns from a step of `streams` rows that decode and `prompt` rows of prompts.
@@ -96,8 +92,8 @@ mod tests {
             pace.record(8, 0, Duration::from_millis(20));
         }
         assert_eq!(pace.chunk(0), LARGEST);
-        // 20 ms a step, 1 ms a token: 30 tokens, in whole eights.
-        assert_eq!(pace.chunk(8), 24);
+        // 20 ms a step, 1 ms a token: 20 tokens, in whole eights.
+        assert_eq!(pace.chunk(8), 16);
         pace.record(8, 0, Duration::from_nanos(1));
         for _ in 0..100 {
             pace.record(8, 0, Duration::from_micros(10));

@@ -110,8 +110,9 @@ impl Scheduler {
             self.admit();
         }
         let prompt = self.plan_rows(pace.chunk(self.decoding_count()));
-        if self.speculation {
-            self.speculate(pace.prompt(prompt), pace);
+        // A chunk lengthens the streams' pauses enough.
+        if self.speculation && prompt == 0 {
+            self.speculate(pace);
         }
         for Running { sequence, rows } in self.running.iter().filter(|running| running.rows > 0) {
             let pending = sequence.pending();
@@ -146,13 +147,13 @@ impl Scheduler {
         chunk - left
     }
 
-    /// Adds guesses to the step, in blocks that nobody needs now. What else is in it takes `beside` seconds.
-    fn speculate(&mut self, beside: f64, pace: &Pace) {
+    /// Adds guesses to the step, in blocks that nobody needs now.
+    fn speculate(&mut self, pace: &Pace) {
         let mut rows = self.decoding_count();
         for Running { sequence, .. } in &mut self.running {
             let blocks = sequence.table.blocks().len() + self.pool.available();
             let room = blocks * BLOCK - sequence.tokens().len();
-            let guessed = sequence.speculate(room, rows, beside, pace);
+            let guessed = sequence.speculate(room, rows, pace);
             let positions = sequence.tokens().len() + guessed;
             let granted = self.pool.grow(&mut sequence.table, positions);
             debug_assert!(granted, "there is room");

@@ -146,9 +146,9 @@ impl Sequence {
         self.decoding()
     }
 
-    /// Guesses what comes next, where that is likely to save time, and says how many tokens: at most `room`, beside `rows`
-    /// other rows and what takes `beside` seconds.
-    pub fn speculate(&mut self, room: usize, rows: usize, beside: f64, pace: &Pace) -> usize {
+    /// Guesses what comes next, where that is likely to save time, and says how many tokens: at most `room`, in a step of `rows`
+    /// rows so far.
+    pub fn speculate(&mut self, room: usize, rows: usize, pace: &Pace) -> usize {
         self.draft = Draft::default();
         // The token that is sampled behind the guesses must be within the limit too.
         let most = room.min(self.limit.saturating_sub(self.tokens.len() + 1));
@@ -156,7 +156,7 @@ impl Sequence {
             return 0;
         }
         let Some(chance) = self.drafter.find(&self.tokens) else { return 0 };
-        let length = self.drafter.length(chance, most, rows, beside, pace);
+        let length = self.drafter.length(chance, most, rows, pace);
         self.draft = Draft { tokens: chance.guess(&self.tokens, length), chance: Some(chance) };
         length
     }

@@ -63,8 +63,8 @@ impl Drafter {
     }
 
     /// How many tokens, up to `most`, make the step take the least time per token that comes of it. Without them it has
-    /// `rows` rows and yields as many tokens, and takes `beside` seconds more for what else is in it.
-    pub fn length(&mut self, chance: Chance, most: usize, rows: usize, beside: f64, pace: &Pace) -> usize {
+    /// `rows` rows and yields as many tokens.
+    pub fn length(&mut self, chance: Chance, most: usize, rows: usize, pace: &Pace) -> usize {
         #[cfg(test)]
         if let Some(fixed) = pace.fixed_draft {
             return fixed.min(most);
@@ -72,7 +72,7 @@ impl Drafter {
         let best = |rate: f64| {
             let speed = |length: usize| {
                 let right: f64 = (1..=length as i32).map(|token| rate.powi(token)).sum();
-                pace.step(rows + length).map_or(0.0, |took| (rows as f64 + right) / (took + beside))
+                pace.step(rows + length).map_or(0.0, |took| (rows as f64 + right) / took)
             };
             (0..=most.min(LONGEST)).rev().max_by(|a, b| speed(*a).total_cmp(&speed(*b))).unwrap_or(0)
         };
@@ -155,7 +155,7 @@ mod tests {
         let mut drafter = Drafter::default();
         let chance = Chance { follower: 0, run: 0 };
         let one = |_| {
-            let length = drafter.length(chance, LONGEST, rows, 0.0, pace);
+            let length = drafter.length(chance, LONGEST, rows, pace);
             drafter.learn(chance, length, if right { length } else { 0 });
             length
         };
