@@ -170,7 +170,7 @@ mod tests {
         let wrong = lengths(&bound_by_memory, 1, false);
         let rare = |lengths: &[usize]| lengths[100..].iter().sum::<usize>() <= 4;
         assert!(wrong[0] > 0 && rare(&wrong), "{wrong:?}");
-        assert!(wrong[100..].iter().any(|length| *length == 1), "it is tried again: {wrong:?}");
+        assert!(wrong[100..].contains(&1), "it is tried again: {wrong:?}");
         let bound_by_arithmetic = pace(0.1, 1.0);
         assert_eq!(lengths(&bound_by_arithmetic, 8, true).iter().sum::<usize>(), 0);
     }

@@ -81,7 +81,7 @@ fn digest(before: u64, value: u64) -> u64 {
 
 /// Mostly goes in circles of four tokens, so that there is something to guess.
 fn toy_logits(seen: u64, token: u32) -> impl Iterator<Item = f32> {
-    let likely = (seen % 5 > 0).then_some(token / 4 * 4 + (token + 1) % 4);
+    let likely = (!seen.is_multiple_of(5)).then_some(token / 4 * 4 + (token + 1) % 4);
     (0..VOCABULARY as u32).scan(seen, move |random, id| {
         *random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
         let noise = (*random >> 40) as f32 / (1 << 24) as f32;
