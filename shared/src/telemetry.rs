@@ -19,6 +19,8 @@ pub mod metric {
     pub const TIME_PER_OUTPUT_TOKEN: &str = "stoker_time_per_output_token_seconds";
     /// Counter; `model`, `kind` (`prompt`, `completion`, `cached_prompt`).
     pub const TOKENS: &str = "stoker_tokens_total";
+    /// Counter; `model`, `kind`: tokens that were guessed ahead (`drafted`), and those of them that were right (`accepted`).
+    pub const SPECULATION: &str = "stoker_speculation_tokens_total";
     /// Counter; `model`, `finish_reason`.
     pub const JOBS: &str = "stoker_jobs_total";
     /// Gauge; `model`: jobs that decode together now.

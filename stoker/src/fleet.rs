@@ -271,6 +271,7 @@ pub fn load_options(path: PathBuf, config: &Config) -> LoadOptions {
         threads: config.worker.threads,
         context: None,
         kv_positions: None,
+        speculation: Some(config.worker.speculation),
         progress: Some(Box::new(move |done, all| {
             bar.set_length(all);
             bar.set_position(done);

@@ -13,6 +13,8 @@ pub(crate) struct Meter {
     time_per_output_token: Histogram,
     /// Prompt, completion, cached prompt.
     tokens: [Counter; 3],
+    /// Drafted, accepted.
+    speculation: [Counter; 2],
     jobs: [Counter; 6],
     takeovers: Counter,
     batch_size: Gauge,
@@ -49,6 +51,8 @@ impl Meter {
             time_to_first_token: histogram!(metric::TIME_TO_FIRST_TOKEN, "model" => model()),
             time_per_output_token: histogram!(metric::TIME_PER_OUTPUT_TOKEN, "model" => model()),
             tokens: ["prompt", "completion", "cached_prompt"].map(tokens),
+            speculation: ["drafted", "accepted"]
+                .map(|kind| counter!(metric::SPECULATION, "model" => model(), "kind" => kind)),
             jobs: REASONS.map(|r| counter!(metric::JOBS, "model" => model(), "finish_reason" => r.as_str())),
             takeovers: counter!(metric::TAKEOVERS, "model" => model()),
             batch_size: gauge!(metric::BATCH_SIZE, "model" => model()),
@@ -87,6 +91,8 @@ impl Meter {
     pub fn observe(&self, stats: &Stats) {
         self.batch_size.set(stats.active);
         self.waiting.set(stats.waiting);
+        self.speculation[0].absolute(stats.drafted);
+        self.speculation[1].absolute(stats.accepted);
         if stats.kv_total > 0 {
             self.kv_use.set(stats.kv_used as f64 / stats.kv_total as f64);
         }

@@ -3,6 +3,7 @@
 //! Attempts that come while one round trip is under way are opened together in the next: under load a round trip serves
 //! many, and alone none waits.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use stoker_engine::{ChatMessage, Constraint, Priority, Prompt, Request, Sampling, SequenceId};
@@ -179,6 +180,7 @@ fn request(ticket: &Ticket, number: u64, resume: Vec<u32>) -> Request {
             Lane::Batch => Priority::Batch,
         },
         deadline: ticket.deadline_instant(),
+        user: user(ticket),
     }
 }
 
@@ -193,6 +195,13 @@ fn constraint(job: &Job) -> Option<Constraint> {
         ResponseFormat::Regex(regex) => Some(Constraint::Regex(regex)),
         ResponseFormat::Grammar(grammar) => Some(Constraint::Lark(grammar)),
     }
+}
+
+/// Among whom turns are shared: a tenant's users, by the names it gives them.
+fn user(ticket: &Ticket) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (&ticket.envelope.tenant, &ticket.job.user_id).hash(&mut hasher);
+    hasher.finish()
 }
 
 fn prompt(job: &Job) -> Prompt {

@@ -197,6 +197,8 @@ pub struct Worker {
     pub slots: Option<u32>,
     /// CPU threads; absent: all cores.
     pub threads: Option<u32>,
+    /// Whether tokens are guessed from what a text repeats, which changes nothing but speed.
+    pub speculation: bool,
     /// What runs the jobs.
     pub engine: EngineChoice,
     /// `echo`: tokens per job where the job names no limit.
@@ -214,6 +216,7 @@ impl Default for Worker {
             backend: None,
             slots: None,
             threads: None,
+            speculation: true,
             engine: EngineChoice::default(),
             echo_tokens: 32,
             echo_delay_ms: 0,

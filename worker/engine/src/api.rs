@@ -107,6 +107,8 @@ pub struct Request {
     pub priority: Priority,
     /// After this moment the request ends with [`FinishReason::Deadline`].
     pub deadline: Option<Instant>,
+    /// Whose it is. Within a priority, turns go to the user who has had the least computed.
+    pub user: u64,
 }
 
 /// Why a generation ended.
@@ -170,7 +172,7 @@ pub struct Finish {
 pub struct Event {
     /// Which request.
     pub id: SequenceId,
-    /// Token ids sampled in this step, in order; those of a held-back text too.
+    /// Token ids chosen in this step, in order: several where guesses were right; those of a held-back text too.
     pub tokens: Vec<u32>,
     /// Text released in this step: whole characters only, nothing that could still become a stop string.
     pub text: String,
@@ -218,6 +220,10 @@ pub struct Stats {
     pub tokens: u64,
     /// Decoding steps since start.
     pub steps: u64,
+    /// Tokens that were guessed ahead since start.
+    pub drafted: u64,
+    /// Of these, those that were right.
+    pub accepted: u64,
 }
 
 /// A model that runs. Dropping it ends its thread; requests in flight get no further events.

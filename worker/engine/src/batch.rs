@@ -62,6 +62,16 @@ impl Batch {
         self.spans.push(Span { rows, start, table });
     }
 
+    /// Adds `tokens` behind the last span, as part of it; logits are wanted of all.
+    pub fn extend(&mut self, tokens: &[u32]) {
+        let span = self.spans.last_mut().expect("there is a span");
+        let (first, last) = (span.len(), span.rows.end);
+        span.rows.end += tokens.len();
+        self.tokens.extend_from_slice(tokens);
+        self.positions.extend((first..first + tokens.len()).map(|position| position as u32));
+        self.outputs.extend((last..last + tokens.len()).map(|row| row as u32));
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.tokens.len()

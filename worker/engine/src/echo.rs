@@ -96,6 +96,8 @@ impl Engine for Echo {
             kv_total: 0,
             tokens: c.tokens.load(Relaxed),
             steps: c.steps.load(Relaxed),
+            drafted: 0,
+            accepted: 0,
         }
     }
 }
@@ -349,6 +351,7 @@ mod tests {
             resume: Vec::new(),
             priority: Priority::Interactive,
             deadline: None,
+            user: 0,
         }
     }
 

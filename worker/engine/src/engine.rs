@@ -7,7 +7,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -21,7 +21,7 @@ use crate::sequence::Sequence;
 use crate::{
     Engine, Event, Finish, FinishReason, ModelInfo, Request, RequestError, RequestErrorKind, SequenceId,
 };
-use crate::{Sink, Stats, Usage};
+use crate::{Sink, Stats, Tokenizer, Usage};
 
 enum Command {
     Submit(Box<Sequence>),
@@ -39,6 +39,8 @@ struct Gauges {
     kv_total: AtomicU64,
     tokens: AtomicU64,
     steps: AtomicU64,
+    drafted: AtomicU64,
+    accepted: AtomicU64,
 }
 
 /// The engine as its users hold it.
@@ -61,6 +63,8 @@ pub(crate) struct Ready {
     pub info: ModelInfo,
     /// Blocks of its cache.
     pub blocks: usize,
+    /// Whether tokens are guessed ahead.
+    pub speculation: bool,
 }
 
 /// Starts the thread: it calls `load` for the model, since devices prefer to be used from one thread, and runs it.
@@ -77,15 +81,9 @@ pub(crate) fn start<E: Send + 'static>(
             Ok(loaded) => loaded,
             Err(error) => return drop(ready.send(Err(error))),
         };
-        let runner = Runner::new(
-            loaded.model,
-            loaded.language.clone(),
-            &loaded.info,
-            loaded.blocks,
-            thread_gauges,
-            sink,
-        );
-        let _ = ready.send(Ok((loaded.language, loaded.info)));
+        let known = (loaded.language.clone(), loaded.info.clone());
+        let runner = Runner::new(loaded, thread_gauges, sink);
+        let _ = ready.send(Ok(known));
         runner.run(inbox);
     };
     let thread =
@@ -149,6 +147,8 @@ impl Engine for Handle {
             kv_total: gauges.kv_total.load(Relaxed),
             tokens: gauges.tokens.load(Relaxed),
             steps: gauges.steps.load(Relaxed),
+            drafted: gauges.drafted.load(Relaxed),
+            accepted: gauges.accepted.load(Relaxed),
         }
     }
 }
@@ -175,6 +175,38 @@ fn internal(doing: &str, panic: &(dyn std::any::Any + Send)) -> RequestError {
     }
 }
 
+/// Hands each sequence that is all computed its part of what the model gave: `width` numbers for its last row, and for each
+/// guess behind it.
+fn split<'a, T>(
+    numbers: &'a mut [T],
+    width: usize,
+    due: impl Iterator<Item = &'a mut Sequence>,
+) -> Vec<(&'a mut [T], &'a mut Sequence)> {
+    let mut rest = numbers;
+    let parts = due.map(|sequence| {
+        let rows = 1 + sequence.draft.tokens.len();
+        let part = rest.split_off_mut(..rows * width);
+        (part.expect("rows for each sequence that is all computed"), sequence)
+    });
+    let parts = parts.collect();
+    assert!(rest.is_empty(), "nothing for any other sequence");
+    parts
+}
+
+/// Lets a sequence take its next tokens, and counts them.
+fn advance(
+    sequence: &mut Sequence,
+    tokenizer: &Tokenizer,
+    gauges: &Gauges,
+    choose: impl FnMut(&Sequence, usize) -> Result<u32, RequestError>,
+) {
+    let guessed = sequence.draft.tokens.len();
+    let right = sequence.advance(tokenizer, choose);
+    gauges.drafted.fetch_add(guessed as u64, Relaxed);
+    gauges.accepted.fetch_add(right as u64, Relaxed);
+    gauges.tokens.fetch_add(sequence.new_tokens() as u64, Relaxed);
+}
+
 /// What the thread owns.
 struct Runner {
     model: Box<dyn Model>,
@@ -188,16 +220,10 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(
-        model: Box<dyn Model>,
-        language: Arc<Language>,
-        info: &ModelInfo,
-        blocks: usize,
-        gauges: Arc<Gauges>,
-        sink: Sink,
-    ) -> Self {
+    fn new(ready: Ready, gauges: Arc<Gauges>, sink: Sink) -> Self {
+        let Ready { model, language, info, blocks, speculation } = ready;
         gauges.kv_total.store((blocks * BLOCK) as u64, Relaxed);
-        let scheduler = Scheduler::new(info.slots as usize, blocks);
+        let scheduler = Scheduler::new(info.slots as usize, blocks, speculation);
         let batch = Batch::default();
         Self { model, language, scheduler, batch, pace: Pace::default(), events: Vec::new(), gauges, sink }
     }
@@ -260,11 +286,11 @@ impl Runner {
     /// One forward pass, if there is anything to pass.
     fn step(&mut self) {
         let start = Instant::now();
-        let decoding = self.scheduler.decoding_count();
-        self.scheduler.plan(&mut self.batch, self.pace.chunk(decoding));
+        self.scheduler.plan(&mut self.batch, &self.pace);
         if self.batch.rows() == 0 {
             return;
         }
+        let streams = self.scheduler.stream_rows();
         // Logits stay on the device if nobody looks at more than the greatest.
         let greedy = self.scheduler.stepped().all(|sequence| sequence.greedy());
         let result = catch_unwind(AssertUnwindSafe(|| match greedy {
@@ -272,14 +298,14 @@ impl Runner {
             false => Err(self.forward()),
         }));
         match result {
-            Ok(Ok(tokens)) => self.take(&tokens),
+            Ok(Ok(mut tokens)) => self.take(&mut tokens),
             Ok(Err(mut logits)) => {
                 self.sample(&mut logits);
                 self.model.recycle(logits);
             }
             Err(panic) => self.recover(internal("computing", &*panic)),
         }
-        self.pace.record(decoding, self.batch.rows(), start.elapsed());
+        self.pace.record(streams, self.batch.rows() - streams, start.elapsed());
         self.gauges.steps.fetch_add(1, Relaxed);
     }
 
@@ -297,39 +323,34 @@ impl Runner {
         })
     }
 
-    /// Gives each sequence whose last token was computed its next one. Tokens are chosen side by side: at 16 sequences of a
-    /// large vocabulary it is a tenth of a step.
+    /// Gives each sequence whose last token was computed its next one, or several where guesses were right. Tokens are chosen
+    /// side by side: at 16 sequences of a large vocabulary it is a tenth of a step.
     fn sample(&mut self, logits: &mut [f32]) {
+        let vocabulary = self.model.vocabulary();
         self.scheduler.computed();
-        let due: Vec<_> = self.scheduler.stepped().filter(|sequence| sequence.pending().is_empty()).collect();
-        let rows: Vec<_> = logits.chunks_exact_mut(self.model.vocabulary()).map(Mutex::new).collect();
-        assert_eq!(rows.len(), due.len(), "a row of logits for each sequence that is all computed");
-        let chosen: Vec<_> = due.iter().map(|_| OnceLock::new()).collect();
+        let due = split(logits, vocabulary, self.scheduler.due());
+        let due: Vec<_> = due.into_iter().map(Mutex::new).collect();
+        let (gauges, tokenizer) = (&self.gauges, &self.language.tokenizer);
         self.model.parallel(due.len(), &|index| {
             // Only this task takes the lock, so nobody has poisoned it.
-            let mut row = rows[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            let token = catch_unwind(AssertUnwindSafe(|| due[index].choose(&mut row)));
-            let token = token.unwrap_or_else(|panic| Err(internal("choosing a token", &*panic)));
-            let _ = chosen[index].set(token);
-        });
-        self.gauges.tokens.fetch_add(due.len() as u64, Relaxed);
-        for (sequence, chosen) in due.into_iter().zip(chosen) {
-            match chosen.into_inner() {
-                Some(Ok(token)) => sequence.accept(token, &self.language.tokenizer),
-                Some(Err(error)) => sequence.end(FinishReason::Error(error)),
-                None => unreachable!("every task was run"),
+            let mut due = due[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let (logits, sequence) = &mut *due;
+            let advanced = catch_unwind(AssertUnwindSafe(|| {
+                advance(sequence, tokenizer, gauges, |sequence, row| {
+                    sequence.choose(&mut logits[row * vocabulary..][..vocabulary])
+                });
+            }));
+            if let Err(panic) = advanced {
+                sequence.end(FinishReason::Error(internal("choosing a token", &*panic)));
             }
-        }
+        });
     }
 
     /// Gives them the tokens that the model chose.
-    fn take(&mut self, tokens: &[u32]) {
+    fn take(&mut self, tokens: &mut [u32]) {
         self.scheduler.computed();
-        let due: Vec<_> = self.scheduler.stepped().filter(|sequence| sequence.pending().is_empty()).collect();
-        assert_eq!(tokens.len(), due.len(), "a token for each sequence that is all computed");
-        self.gauges.tokens.fetch_add(due.len() as u64, Relaxed);
-        for (sequence, &token) in due.into_iter().zip(tokens) {
-            sequence.accept(token, &self.language.tokenizer);
+        for (tokens, sequence) in split(tokens, 1, self.scheduler.due()) {
+            advance(sequence, &self.language.tokenizer, &self.gauges, |_, row| Ok(tokens[row]));
         }
     }
 

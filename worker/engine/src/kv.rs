@@ -102,6 +102,13 @@ impl BlockPool {
         true
     }
 
+    /// Takes back what `table` has beyond its first `positions`, which must be beyond all that is findable.
+    pub fn shrink(&mut self, table: &mut Table, positions: usize) {
+        let needed = positions.div_ceil(BLOCK).min(table.blocks.len());
+        let blocks = table.blocks.split_off(needed);
+        self.release(Table { blocks, keys: Vec::new() });
+    }
+
     /// Makes the full blocks among the first `computed` positions findable; `tokens` are the sequence's.
     pub fn publish(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
         for index in table.keys.len()..computed / BLOCK {
@@ -184,6 +191,19 @@ mod tests {
         pool.release(a);
         assert!(pool.grow(&mut b, 3 * BLOCK));
         pool.release(b);
+        assert_eq!(pool.available(), 3);
+    }
+
+    #[test]
+    fn shrinking_gives_back_what_is_beyond() {
+        let mut pool = BlockPool::new(3);
+        let mut table = Table::default();
+        pool.grow(&mut table, 3 * BLOCK);
+        let first = table.blocks()[0];
+        pool.shrink(&mut table, BLOCK);
+        assert_eq!((table.blocks(), pool.available()), (&[first][..], 2));
+        pool.shrink(&mut table, 2 * BLOCK);
+        pool.release(table);
         assert_eq!(pool.available(), 3);
     }
 

@@ -35,6 +35,9 @@ pub struct LoadOptions {
     pub context: Option<u32>,
     /// Cached positions (all requests together); `None`: what a share of the device's free memory holds.
     pub kv_positions: Option<u64>,
+    /// Whether tokens are guessed from what the text repeats, and checked several in a step; it changes only speed, and is
+    /// done only where it pays. `None`: yes.
+    pub speculation: Option<bool>,
     /// Told how loading goes.
     pub progress: Option<Progress>,
 }

@@ -1,9 +1,10 @@
 //! How much of a prompt goes into one step.
 //!
 //! While nobody is streaming, large chunks are the most efficient. Beside running streams a chunk lengthens the gap between
-//! two of their tokens; so its size follows from measured times: a step with a chunk shall take about two and a half times
-//! one without.
+//! two of their tokens; so its size follows from measured times: a step with a chunk shall take about twice as
+//! long as one without, and then stays below three times where the times vary. The same times tell what guessed tokens cost.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Most prompt tokens in one step.
@@ -11,20 +12,23 @@ const LARGEST: usize = 512;
 /// Fewest; also a prompt must get on.
 const SMALLEST: usize = 8;
 /// Time for a chunk, in steps without one.
-const STRETCH: f64 = 1.5;
+const STRETCH: f64 = 1.0;
 /// Weight of the newest measurement.
 const NEWEST: f64 = 0.2;
 
 /// Running means of what steps take, seconds.
 #[derive(Default)]
 pub(crate) struct Pace {
-    /// A step that only decodes.
-    decode: Option<f64>,
+    /// A step that only decodes, by its rows.
+    steps: BTreeMap<usize, f64>,
     /// What one prompt token adds.
     token: Option<f64>,
     /// Tests choose the chunks themselves.
     #[cfg(test)]
     pub fixed: Option<usize>,
+    /// And how many tokens are guessed.
+    #[cfg(test)]
+    pub fixed_draft: Option<usize>,
 }
 
 impl Pace {
@@ -34,30 +38,45 @@ impl Pace {
         if let Some(fixed) = self.fixed {
             return fixed;
         }
-        match (decoding, self.decode, self.token) {
-            (0, _, _) => LARGEST,
-            (_, Some(decode), Some(token)) => {
-                ((STRETCH * decode / token) as usize).clamp(SMALLEST, LARGEST) & !7
-            }
+        if decoding == 0 {
+            return LARGEST;
+        }
+        match (self.step(decoding), self.token) {
+            (Some(step), Some(token)) => ((STRETCH * step / token) as usize).clamp(SMALLEST, LARGEST) & !7,
             _ => 4 * SMALLEST,
         }
     }
 
-    /// Learns from a step of `rows` rows, `decoding` of which were single tokens of streams.
-    pub fn record(&mut self, decoding: usize, rows: usize, took: Duration) {
+    /// What a step of `rows` rows takes that only decodes; `None` if there was no step yet.
+    pub fn step(&self, rows: usize) -> Option<f64> {
+        let below = self.steps.range(..=rows).next_back();
+        let above = self.steps.range(rows..).next();
+        match (below, above) {
+            (Some((low, short)), Some((high, long))) if low < high => {
+                Some(short + (long - short) * (rows - low) as f64 / (high - low) as f64)
+            }
+            // A row beyond costs what a prompt's does.
+            (Some((low, short)), None) => Some(short + self.token.unwrap_or(0.0) * (rows - low) as f64),
+            (_, Some((_, long))) => Some(*long),
+            (None, None) => None,
+        }
+    }
+
+    /// Learns from a step of `streams` rows that decode and `prompt` rows of prompts.
+    pub fn record(&mut self, streams: usize, prompt: usize, took: Duration) {
         let took = took.as_secs_f64();
-        let prompt = rows.saturating_sub(decoding);
         if prompt == 0 {
-            mix(&mut self.decode, took);
+            mix(self.steps.entry(streams).or_insert(took), took);
         } else if prompt >= SMALLEST {
-            let beside = if decoding > 0 { self.decode.unwrap_or(0.0) } else { 0.0 };
-            mix(&mut self.token, (took - beside).max(0.1 * took) / prompt as f64);
+            let beside = if streams > 0 { self.step(streams).unwrap_or(0.0) } else { 0.0 };
+            let token = (took - beside).max(0.1 * took) / prompt as f64;
+            mix(self.token.get_or_insert(token), token);
         }
     }
 }
 
-fn mix(mean: &mut Option<f64>, newest: f64) {
-    *mean = Some(mean.map_or(newest, |mean| mean + NEWEST * (newest - mean)));
+fn mix(mean: &mut f64, newest: f64) {
+    *mean += NEWEST * (newest - *mean);
 }
 
 #[cfg(test)]
@@ -70,15 +89,47 @@ mod tests {
         assert_eq!(pace.chunk(0), LARGEST);
         for _ in 0..50 {
             pace.record(0, 512, Duration::from_millis(512));
-            pace.record(8, 8, Duration::from_millis(20));
+            pace.record(8, 0, Duration::from_millis(20));
         }
         assert_eq!(pace.chunk(0), LARGEST);
-        // 20 ms a step, 1 ms a token: 30 tokens, in whole eights.
-        assert_eq!(pace.chunk(8), 24);
-        pace.record(8, 8, Duration::from_nanos(1));
+        // 20 ms a step, 1 ms a token: 20 tokens, in whole eights.
+        assert_eq!(pace.chunk(8), 16);
+        pace.record(8, 0, Duration::from_nanos(1));
         for _ in 0..100 {
-            pace.record(8, 8, Duration::from_micros(10));
+            pace.record(8, 0, Duration::from_micros(10));
         }
         assert_eq!(pace.chunk(8), SMALLEST);
+    }
+
+    #[test]
+    fn steps_never_seen_lie_between_those_that_were() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.step(1), None);
+        pace.record(2, 0, Duration::from_millis(20));
+        pace.record(6, 0, Duration::from_millis(40));
+        let millis = |pace: &Pace, rows| (pace.step(rows).unwrap() * 1e3).round() as u32;
+        assert_eq!([1, 2, 3, 6, 9].map(|rows| millis(&pace, rows)), [20, 20, 25, 40, 40]);
+        pace.record(0, 100, Duration::from_millis(500));
+        assert_eq!(millis(&pace, 9), 55, "a row beyond costs what a prompt's does");
+    }
+
+    #[test]
+    fn a_step_with_a_chunk_stays_below_three_without() {
+        // Eight streams, on machines where a prompt's token costs little or much beside a step.
+        for token in [0.01, 0.1, 0.3, 0.7] {
+            let mut pace = Pace::default();
+            let mut longest = 0.0_f64;
+            for round in 0..300 {
+                // Times vary by a tenth.
+                let vary = 1.0 + 0.1 * ((round * 7 % 10) as f64 / 4.5 - 1.0);
+                let chunk = if round % 2 == 0 { 0 } else { pace.chunk(8) };
+                let took = (5.0 + token * chunk as f64) * vary;
+                if round > 20 {
+                    longest = longest.max(took);
+                }
+                pace.record(8, chunk, Duration::from_secs_f64(took / 1e3));
+            }
+            assert!(longest < 3.0 * 5.0, "{longest} ms where a token takes {token}");
+        }
     }
 }

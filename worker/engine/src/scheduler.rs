@@ -2,20 +2,24 @@
 //!
 //! Continuous batching: before every step the scheduler looks again at who is there. Running sequences get their row; what is
 //! left of the step's budget goes to prompts, in chunks, so that a long prompt does not hold up the streams beside it.
-//! Sequences are let in while there are slots and blocks for all their tokens. When a running one needs a block and there is
+//! Sequences are let in while there are slots and blocks for all their tokens; within a lane, that of the user who has had least. When a running one needs a block and there is
 //! none, the least important one is preempted: it gives all its blocks up, waits at the head of its lane, and is computed
 //! again later. The most important one always finds room, because the cache holds at least one whole context.
 
 use std::collections::VecDeque;
 
 use crate::batch::Batch;
+use crate::fairness::Accounts;
 use crate::kernels::BLOCK;
 use crate::kv::BlockPool;
+use crate::pace::Pace;
 use crate::sequence::Sequence;
 use crate::{Priority, SequenceId};
 
 /// Every so-many-th slot, and every so-many-th admission, belongs to the batch lane if something waits there.
 const BATCH_SHARE: usize = 10;
+/// Every so-many-th prompt token of a step is the most important sequence's, whoever has had how much.
+const FIRST_SHARE: usize = 4;
 
 /// A sequence with a slot.
 struct Running {
@@ -28,23 +32,28 @@ struct Running {
 pub(crate) struct Scheduler {
     slots: usize,
     pool: BlockPool,
+    /// Whether tokens are guessed ahead.
+    speculation: bool,
     /// By [`Priority`].
     waiting: [VecDeque<Sequence>; 2],
     /// By importance: interactive before batch, earlier arrivals before later ones.
     running: Vec<Running>,
+    accounts: Accounts,
     arrivals: u64,
     /// Admissions since one from the batch lane.
     since_batch: usize,
 }
 
 impl Scheduler {
-    /// At most `slots` sequences together, over `blocks` blocks of cache.
-    pub fn new(slots: usize, blocks: usize) -> Self {
+    /// At most `slots` sequences together, over `blocks` blocks of cache; `speculation`: tokens may be guessed ahead.
+    pub fn new(slots: usize, blocks: usize, speculation: bool) -> Self {
         Self {
             slots,
             pool: BlockPool::new(blocks),
+            speculation,
             waiting: Default::default(),
             running: Vec::new(),
+            accounts: Accounts::default(),
             arrivals: 0,
             since_batch: 0,
         }
@@ -52,6 +61,7 @@ impl Scheduler {
 
     /// Takes a sequence in.
     pub fn submit(&mut self, mut sequence: Sequence) {
+        self.accounts.enter(sequence.user);
         self.arrivals += 1;
         sequence.arrival = self.arrivals;
         self.waiting[sequence.priority as usize].push_back(sequence);
@@ -93,32 +103,72 @@ impl Scheduler {
         running.chain(self.waiting.iter_mut().flatten())
     }
 
-    /// Fills `batch` with the next step: all that decode, and up to `chunk` tokens of prompts.
-    pub fn plan(&mut self, batch: &mut Batch, chunk: usize) {
+    /// Fills `batch` with the next step: all that decode, with guesses where they pay, and a chunk of prompts.
+    pub fn plan(&mut self, batch: &mut Batch, pace: &Pace) {
         batch.clear();
         if self.make_room() {
             self.admit();
         }
-        let mut left = chunk;
-        for running in &mut self.running {
-            let sequence = &running.sequence;
+        let prompt = self.plan_rows(pace.chunk(self.decoding_count()));
+        // A chunk lengthens the streams' pauses enough.
+        if self.speculation && prompt == 0 {
+            self.speculate(pace);
+        }
+        for Running { sequence, rows } in self.running.iter().filter(|running| running.rows > 0) {
             let pending = sequence.pending();
-            let rows = if sequence.decoding() { 1 } else { pending.len().min(left) };
-            running.rows = rows;
-            if rows == 0 {
-                continue;
-            }
+            let outputs = usize::from(*rows == pending.len());
+            batch.push(&pending[..*rows], sequence.computed, sequence.table.blocks(), outputs);
+            batch.extend(&sequence.draft.tokens);
+        }
+    }
+
+    /// Decides how many tokens of each sequence the step computes: one of those that decode, and up to `chunk` of prompts, those
+    /// of the least served users first. Says how many of prompts.
+    fn plan_rows(&mut self, chunk: usize) -> usize {
+        let mut prompts = Vec::new();
+        for (index, Running { sequence, rows }) in self.running.iter_mut().enumerate() {
+            *rows = sequence.decoding().into();
             if !sequence.decoding() {
-                left -= rows;
+                prompts.push((sequence.priority, self.accounts.served(sequence.user), index));
             }
-            let outputs = usize::from(rows == pending.len());
-            batch.push(&pending[..rows], sequence.computed, sequence.table.blocks(), outputs);
+        }
+        let mut left = chunk;
+        let mut give = |index: usize, most: usize| {
+            let Running { sequence, rows } = &mut self.running[index];
+            let more = (sequence.pending().len() - *rows).min(most).min(left);
+            *rows += more;
+            left -= more;
+        };
+        if let Some((.., first)) = prompts.first() {
+            give(*first, chunk.div_ceil(FIRST_SHARE));
+        }
+        prompts.sort_unstable();
+        prompts.iter().for_each(|(.., index)| give(*index, chunk));
+        chunk - left
+    }
+
+    /// Adds guesses to the step, in blocks that nobody needs now.
+    fn speculate(&mut self, pace: &Pace) {
+        let mut rows = self.decoding_count();
+        for Running { sequence, .. } in &mut self.running {
+            let blocks = sequence.table.blocks().len() + self.pool.available();
+            let room = blocks * BLOCK - sequence.tokens().len();
+            let guessed = sequence.speculate(room, rows, pace);
+            let positions = sequence.tokens().len() + guessed;
+            let granted = self.pool.grow(&mut sequence.table, positions);
+            debug_assert!(granted, "there is room");
+            rows += guessed;
         }
     }
 
     /// Gives every running sequence the blocks it needs, by importance, and preempts where there are none. Whether nobody had
     /// to go.
     fn make_room(&mut self) -> bool {
+        for Running { sequence, .. } in &mut self.running {
+            // Room for guesses that were wrong.
+            let positions = sequence.tokens().len();
+            self.pool.shrink(&mut sequence.table, positions);
+        }
         let before = self.running.len();
         let mut index = 0;
         while index < self.running.len() {
@@ -146,7 +196,8 @@ impl Scheduler {
     fn admit(&mut self) {
         while self.running.len() < self.slots {
             let Some(lane) = self.next_lane() else { return };
-            let sequence = &mut self.waiting[lane as usize][0];
+            let place = self.next_place(lane);
+            let sequence = &self.waiting[lane as usize][place];
             let mut table = self.pool.reuse(sequence.tokens());
             let found = table.blocks().len() * BLOCK;
             // One block for each that runs stays free, or the newcomer would soon push somebody out.
@@ -157,7 +208,7 @@ impl Scheduler {
                 self.pool.release(table);
                 return;
             }
-            let mut sequence = self.waiting[lane as usize].pop_front().expect("it was there");
+            let mut sequence = self.waiting[lane as usize].remove(place).expect("it was there");
             sequence.table = table;
             sequence.found_in_cache(found);
             self.insert(sequence);
@@ -178,6 +229,21 @@ impl Scheduler {
         }
     }
 
+    /// Whose turn it is within a lane: that of one who was in already, then that of the user who has had least, what has
+    /// been let in counted.
+    fn next_place(&self, lane: Priority) -> usize {
+        let promised = |user| {
+            let running = self.running.iter().filter(move |running| running.sequence.user == user);
+            running.map(|running| running.sequence.pending().len() as u64).sum::<u64>()
+        };
+        let order = |sequence: &Sequence| match sequence.was_admitted() {
+            true => None,
+            false => Some(self.accounts.served(sequence.user) + promised(sequence.user)),
+        };
+        let lane = &self.waiting[lane as usize];
+        (0..lane.len()).min_by_key(|place| order(&lane[*place])).unwrap_or(0)
+    }
+
     fn insert(&mut self, sequence: Sequence) {
         match sequence.priority {
             Priority::Interactive => self.since_batch += 1,
@@ -188,16 +254,29 @@ impl Scheduler {
         self.running.insert(place, Running { sequence, rows: 0 });
     }
 
+    /// Rows of the planned step that belong to sequences that decode, guesses included.
+    pub fn stream_rows(&self) -> usize {
+        let decoding =
+            self.running.iter().map(|running| &running.sequence).filter(|sequence| sequence.decoding());
+        decoding.map(|sequence| 1 + sequence.draft.tokens.len()).sum()
+    }
+
     /// Sequences that take part in the planned step, in the batch's order.
     pub fn stepped(&mut self) -> impl Iterator<Item = &mut Sequence> {
         let stepped = self.running.iter_mut().filter(|running| running.rows > 0);
         stepped.map(|running| &mut running.sequence)
     }
 
-    /// Notes that the planned rows are in the cache now.
+    /// Those of them that wait for a token.
+    pub fn due(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.stepped().filter(|sequence| sequence.pending().is_empty())
+    }
+
+    /// Notes that the planned rows are in the cache now, all but those of guesses.
     pub fn computed(&mut self) {
         for running in &mut self.running {
             let sequence = &mut running.sequence;
+            self.accounts.charge(sequence.user, running.rows + sequence.draft.tokens.len());
             sequence.computed += running.rows;
             let mut table = std::mem::take(&mut sequence.table);
             self.pool.publish(&mut table, sequence.tokens(), sequence.computed);
@@ -218,6 +297,7 @@ impl Scheduler {
             self.pool.release(std::mem::take(&mut sequence.table));
             ended.push(sequence);
         }
+        ended.iter().for_each(|sequence| self.accounts.leave(sequence.user));
         ended
     }
 
@@ -235,6 +315,7 @@ impl Scheduler {
     /// Hands out all sequences, and is as new.
     pub fn dissolve(&mut self) -> Vec<Sequence> {
         self.forget_cache();
+        self.accounts = Accounts::default();
         self.waiting.iter_mut().flat_map(|lane| lane.drain(..)).collect()
     }
 }

@@ -8,6 +8,8 @@ use std::time::Instant;
 
 use crate::guide::Guide;
 use crate::kv::Table;
+use crate::pace::Pace;
+use crate::speculation::{Chance, Drafter};
 use crate::{
     Detokenizer, Event, Finish, FinishReason, Priority, Request, RequestError, Sampling, SequenceId,
     StopMatcher, TokenCounts, Tokenizer, Usage, sample,
@@ -19,6 +21,8 @@ pub(crate) struct Sequence {
     pub id: SequenceId,
     /// Who goes first.
     pub priority: Priority,
+    /// Whose it is.
+    pub user: u64,
     /// When it ends at the latest.
     pub deadline: Option<Instant>,
     /// Ends at nothing but its length; for benchmarks.
@@ -29,6 +33,8 @@ pub(crate) struct Sequence {
     pub table: Table,
     /// How many of its tokens are in the cache.
     pub computed: usize,
+    /// What the planned step guesses of the tokens behind.
+    pub draft: Draft,
     /// Why it is over; set once.
     pub ended: Option<FinishReason>,
     /// Prompt, resumed and new tokens.
@@ -45,7 +51,18 @@ pub(crate) struct Sequence {
     text: TextStream,
     /// What the running step adds to its event.
     step: Output,
-    cached_prompt: u32,
+    /// How much of the prompt the cache held when it was first let in.
+    cached_prompt: Option<u32>,
+    drafter: Drafter,
+}
+
+/// Tokens that are guessed to come next.
+#[derive(Default)]
+pub(crate) struct Draft {
+    /// In order.
+    pub tokens: Vec<u32>,
+    /// Where they come from.
+    chance: Option<Chance>,
 }
 
 /// What a step did for one sequence.
@@ -69,11 +86,13 @@ impl Sequence {
         let mut sequence = Self {
             id: request.id,
             priority: request.priority,
+            user: request.user,
             deadline: request.deadline,
             endless: false,
             arrival: 0,
             table: Table::default(),
             computed: 0,
+            draft: Draft::default(),
             ended: None,
             prompt: prompt.len(),
             limit: prompt.len().saturating_add(most).min(context),
@@ -83,7 +102,8 @@ impl Sequence {
             guide,
             text: TextStream::new(&request.stop),
             step: Output::default(),
-            cached_prompt: 0,
+            cached_prompt: None,
+            drafter: Drafter::default(),
         };
         sequence.resume(&request.resume, tokenizer);
         sequence
@@ -119,10 +139,71 @@ impl Sequence {
         self.pending().len() == 1 && self.tokens.len() > self.prompt
     }
 
+    /// Whether it has been let in before.
+    pub fn was_admitted(&self) -> bool {
+        self.cached_prompt.is_some()
+    }
+
     /// Notes that the cache held the first `positions` of its tokens when it was let in.
     pub fn found_in_cache(&mut self, positions: usize) {
         self.computed = positions;
-        self.cached_prompt = self.cached_prompt.max(positions.min(self.prompt) as u32);
+        // Later it may find what it computed itself.
+        self.cached_prompt.get_or_insert(positions.min(self.prompt) as u32);
+    }
+
+    /// Whether tokens may be guessed ahead for it.
+    fn may_speculate(&self) -> bool {
+        self.decoding() && self.guide.is_none()
+    }
+
+    /// Guesses what comes next, where that is likely to save time, and says how many tokens: at most `room`, in a step of `rows`
+    /// rows so far.
+    pub fn speculate(&mut self, room: usize, rows: usize, pace: &Pace) -> usize {
+        self.draft = Draft::default();
+        // The token that is sampled behind the guesses must be within the limit too.
+        let most = room.min(self.limit.saturating_sub(self.tokens.len() + 1));
+        if !self.may_speculate() || most == 0 {
+            return 0;
+        }
+        let Some(chance) = self.drafter.find(&self.tokens) else { return 0 };
+        let length = self.drafter.length(chance, most, rows, pace);
+        self.draft = Draft { tokens: chance.guess(&self.tokens, length), chance: Some(chance) };
+        length
+    }
+
+    /// Takes the next token, `choose(0)`, and as long as it is what was guessed, another one, behind row 1 and so on of what
+    /// was computed. Ends the sequence if a choice fails. Gives back how many guesses were right; the keys and values of the
+    /// others count as not computed.
+    pub fn advance(
+        &mut self,
+        tokenizer: &Tokenizer,
+        mut choose: impl FnMut(&Self, usize) -> Result<u32, RequestError>,
+    ) -> usize {
+        let draft = std::mem::take(&mut self.draft);
+        let mut right = 0;
+        for row in 0..=draft.tokens.len() {
+            let token = match choose(self, row) {
+                Ok(token) => token,
+                Err(error) => {
+                    self.end(FinishReason::Error(error));
+                    break;
+                }
+            };
+            self.step.tokens.push(token);
+            self.push(token, tokenizer);
+            if draft.tokens.get(row) != Some(&token) {
+                break;
+            }
+            right += 1;
+            self.computed += 1;
+            if self.ended.is_some() {
+                break;
+            }
+        }
+        if let Some(chance) = draft.chance {
+            self.drafter.learn(chance, draft.tokens.len(), right);
+        }
+        right
     }
 
     /// Its guide, if it has one.
@@ -146,12 +227,6 @@ impl Sequence {
         }
         let position = (self.tokens.len() - self.prompt) as u64;
         Ok(sample(logits, &self.sampling, &self.counts, position))
-    }
-
-    /// Takes the chosen token.
-    pub fn accept(&mut self, token: u32, tokenizer: &Tokenizer) {
-        self.step.tokens.push(token);
-        self.push(token, tokenizer);
     }
 
     /// Puts a token behind the others and looks what it means for the text.
@@ -188,6 +263,11 @@ impl Sequence {
         self.ended = Some(if stopped { FinishReason::Stop } else { reason });
     }
 
+    /// How many tokens this step has chosen.
+    pub fn new_tokens(&self) -> usize {
+        self.step.tokens.len()
+    }
+
     /// What this step did for it, if anything.
     pub fn take_event(&mut self) -> Option<Event> {
         let Output { tokens, text } = std::mem::take(&mut self.step);
@@ -202,7 +282,7 @@ impl Sequence {
         Usage {
             prompt_tokens: self.prompt as u32,
             completion_tokens: (self.tokens.len() - self.prompt) as u32,
-            cached_prompt_tokens: self.cached_prompt,
+            cached_prompt_tokens: self.cached_prompt.unwrap_or(0),
         }
     }
 }

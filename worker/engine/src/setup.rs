@@ -40,6 +40,7 @@ pub(crate) fn set_up_checkpoint(
     let wanted =
         options.context.map_or(config.context, |context| config.context.min(context as usize)).max(1);
     let backend = options.backend.unwrap_or_else(best_backend);
+    let speculation = options.speculation.unwrap_or(true);
     let blocks = blocks(config, backend, &options, wanted, slots as usize);
     let context = wanted.min(blocks * BLOCK);
     let mut info = ModelInfo {
@@ -54,7 +55,7 @@ pub(crate) fn set_up_checkpoint(
     };
     let mut model = on_backend(backend, isa, checkpoint, options, blocks, &mut info)?;
     warm_up(&mut *model);
-    Ok(Ready { model, language: Arc::new(language), info, blocks })
+    Ok(Ready { model, language: Arc::new(language), info, blocks, speculation })
 }
 
 /// The best backend that is compiled in and has a device of its own.

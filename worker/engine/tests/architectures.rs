@@ -36,6 +36,7 @@ fn options(model: &str) -> LoadOptions {
         threads: Some(2),
         context: None,
         kv_positions: Some(512),
+        speculation: None,
         progress: None,
     }
 }
@@ -50,6 +51,7 @@ fn request(id: u64, reference: &Reference, prompt: &str) -> Request {
         constraint: None,
         resume: Vec::new(),
         priority: Priority::Interactive,
+        user: 0,
         deadline: None,
     }
 }

@@ -24,6 +24,7 @@ fn requests() -> Vec<Request> {
         resume: Vec::new(),
         priority: if id == 3 { Priority::Batch } else { Priority::Interactive },
         deadline: None,
+        user: 0,
     };
     SUBJECTS.iter().zip(0..).map(request).collect()
 }
@@ -37,6 +38,29 @@ fn assert_same(one: &[Heard], other: &[Heard]) {
         assert_eq!((&one.tokens, &one.text), (&other.tokens, &other.text));
         assert_eq!(one.finish.as_ref().unwrap().reason, other.finish.as_ref().unwrap().reason);
     }
+}
+
+/// Two copies of what was said, one of them drawn, beside texts in which there is little to guess.
+fn repetitive() -> Vec<Request> {
+    let said = "The quick brown fox jumps over the lazy dog, and the old clock strikes seven in the small town by the sea.";
+    let copy = |request: Request| Request {
+        prompt: Prompt::Text(format!("{said}\n{said}\n{said}\n{said}\n")),
+        max_tokens: Some(80),
+        ..request
+    };
+    requests().into_iter().enumerate().map(|(i, r)| if i < 2 { copy(r) } else { r }).collect()
+}
+
+#[test]
+fn guessed_tokens_change_no_text() {
+    let plain = Listener::load(LoadOptions { speculation: Some(false), ..options() });
+    let expected: Vec<_> = repetitive().into_iter().map(|request| plain.run_one(request)).collect();
+    assert_eq!(plain.engine.stats().accepted, 0);
+    let listener = Listener::load(options());
+    let got: Vec<_> = repetitive().into_iter().map(|request| listener.run_one(request)).collect();
+    assert_same(&expected, &got);
+    assert!(listener.engine.stats().accepted > 20, "{:?}", listener.engine.stats());
+    assert_same(&expected, &listener.run(repetitive()));
 }
 
 #[test]

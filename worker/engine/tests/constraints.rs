@@ -38,6 +38,7 @@ fn request(id: u64, question: &str, constraint: Option<Constraint>) -> Request {
         resume: Vec::new(),
         priority: Priority::Interactive,
         deadline: None,
+        user: 0,
     }
 }
 

@@ -61,6 +61,7 @@ pub fn quality(load: &LoadOptions, text: &str, report: &mut dyn FnMut(Quality)) 
             threads: load.threads,
             context: None,
             kv_positions: Some(piece as u64),
+            speculation: None,
             progress: None,
         };
         let mut probe = Probe::load_on(isa, load)?;

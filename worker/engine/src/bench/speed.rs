@@ -1,7 +1,7 @@
 //! How fast an engine is, all of it: scheduler, model, sampling, text.
 //!
-//! Prompts are random tokens, so that nothing is found in the cache and speculation finds nothing to copy, and sequences
-//! end at nothing but their length. Speeds are given beside what the device's measured bandwidth and arithmetic would allow.
+//! Prompts are random tokens, so that nothing is found in the cache, nothing is guessed ahead, and sequences end at nothing
+//! but their length. Speeds are given beside what the device's measured bandwidth and arithmetic would allow.
 
 use std::sync::mpsc::{self, Receiver};
 use std::time::Instant;
@@ -114,6 +114,7 @@ fn measure(
     let most = options.batches.iter().copied().max().unwrap_or(1).max(1);
     let longest = options.prompts.iter().copied().max().unwrap_or(1) + options.tokens + SLACK + 2 * BLOCK;
     load.slots = Some(most as u32);
+    load.speculation = Some(false);
     load.kv_positions.get_or_insert((most * longest.next_multiple_of(BLOCK) + most * BLOCK) as u64);
     let (sender, events) = mpsc::channel();
     let (facts, known) = mpsc::channel();
@@ -180,6 +181,7 @@ impl Bench {
             resume: Vec::new(),
             priority: Priority::Interactive,
             deadline: None,
+            user: 0,
         };
         let tokenizer = &self.handle.language().tokenizer;
         let context = self.handle.info().context as usize;

@@ -61,6 +61,7 @@ impl Case {
             resume: Vec::new(),
             priority: Priority::Interactive,
             deadline: None,
+            user: 0,
         }
     }
 }

@@ -16,6 +16,7 @@ pub fn options() -> LoadOptions {
         threads: None,
         context: None,
         kv_positions: Some(8192),
+        speculation: None,
         progress: None,
     }
 }
