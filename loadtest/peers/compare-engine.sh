@@ -28,14 +28,17 @@ if [[ ! -x $peer ]]; then
   mkdir -p "$work"
   [[ -x $work/venv/bin/cmake ]] || { python3 -m venv "$work/venv" && "$work/venv/bin/pip" install -q cmake ninja; }
   python3 - "$package" "$version" "$sha256" "$work/source.tar.gz" <<'PY'
-import hashlib, json, sys, urllib.parse, urllib.request
+import hashlib, re, sys, urllib.parse, urllib.request
 package, version, sha256, path = sys.argv[1:]
-index = f"https://pypi.org/pypi/{package}/{version}/json"
-files = json.load(urllib.request.urlopen(index))["urls"]
-source = next(f for f in files if f["packagetype"] == "sdist")
-data = urllib.request.urlopen(urllib.parse.urljoin(index, source["url"])).read()
+index = f"https://pypi.org/simple/{package}/"
+page = urllib.request.urlopen(index).read().decode()
+name = f"{package.replace('-', '_')}-{version}.tar.gz"
+source = next((link for link in re.findall(r'href="([^"#]+)', page) if link.endswith(f"/{name}")), None)
+if source is None:
+    sys.exit(f"{index} does not list {name}")
+data = urllib.request.urlopen(urllib.parse.urljoin(index, source)).read()
 if hashlib.sha256(data).hexdigest() != sha256:
-    sys.exit(f"{source['filename']}: not the file that was expected (SHA-256)")
+    sys.exit(f"{name}: not the file that was expected (SHA-256)")
 open(path, "wb").write(data)
 PY
   tar -xzf "$work/source.tar.gz" -C "$work"
