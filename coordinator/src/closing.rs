@@ -296,6 +296,7 @@ async fn speak(
         epoch: attempt.epoch,
         channel: closing.job.stream_to.clone().unwrap_or_else(default),
         record: Bytes::from(serde_json::to_vec(&frame).unwrap_or_default()),
+        opening: None,
     };
     ports.bus.append(&[append]).await.map(drop)
 }

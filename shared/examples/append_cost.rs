@@ -110,7 +110,7 @@ fn step(keys: &[Uuid], n: u32) -> Vec<Append> {
             ..Frame::default()
         };
         let record = Bytes::from(serde_json::to_vec(&frame).expect("a frame is JSON"));
-        Append { key: *key, epoch: 1, channel: "llm.tokens.c".into(), record }
+        Append { key: *key, epoch: 1, channel: "llm.tokens.c".into(), record, opening: None }
     };
     keys.iter().map(append).collect()
 }

@@ -20,7 +20,7 @@ pub(crate) enum Phase {
     Claiming,
     /// Its log is being opened.
     Opening,
-    /// In the engine.
+    /// In the engine. The log of a first attempt may still be being opened.
     Running,
     /// Its end is being made final, or it is being handed over.
     Ending,
@@ -64,6 +64,8 @@ pub(crate) struct Attempt {
     pub end_is_logged: bool,
     /// It is on the outbox's list.
     pub dirty: bool,
+    /// The bus has said that its log is open.
+    pub opened: bool,
     /// The bus may have lost its log: open it again before anything is appended.
     pub reopen: bool,
     /// The engine has it.
@@ -98,6 +100,7 @@ impl Attempt {
             end: None,
             end_is_logged: false,
             dirty: false,
+            opened: false,
             reopen: false,
             submitted: false,
             cancelled: false,
@@ -114,6 +117,7 @@ impl Attempt {
 
     /// Starts from what the log holds.
     pub fn resume(&mut self, replay: Replay) {
+        self.opened = true;
         self.started = Instant::now();
         self.resumed = replay.ids.len();
         self.sent = (replay.ids.len(), replay.text.len());
@@ -128,7 +132,7 @@ impl Attempt {
 
     /// The bus holds so much of what was handed to it.
     pub fn resync(&mut self, replay: &Replay) {
-        self.reopen = false;
+        (self.opened, self.reopen) = (true, false);
         let bytes = replay.text.len().min(self.text.len());
         self.sent = match self.text.is_char_boundary(bytes) {
             true => (replay.ids.len().min(self.ids.len()), bytes),

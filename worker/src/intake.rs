@@ -13,7 +13,7 @@ use crate::attempt::{Attempt, Phase};
 use crate::shared::{Served, Shared};
 use crate::tasks::Backoff;
 use crate::ticket::{Ticket, Waiter};
-use crate::{claim, dead};
+use crate::{claim, dead, opening};
 
 /// Most deliveries that are looked at together.
 const BATCH: usize = 256;
@@ -72,6 +72,7 @@ fn take(shared: &Arc<Shared>, served: &Arc<Served>, lane: Lane, batch: &mut Vec<
         }
     }
     let mut to_claim = Vec::new();
+    let mut to_start = Vec::new();
     let mut taken = Vec::new();
     let mut table = shared.table();
     for (ticket, delivery) in read {
@@ -87,18 +88,26 @@ fn take(shared: &Arc<Shared>, served: &Arc<Served>, lane: Lane, batch: &mut Vec<
             None => {
                 let is_first = !redelivered;
                 let starts = ticket.envelope.once && is_first;
-                let phase = if starts { Phase::Opening } else { Phase::Claiming };
+                let phase = match starts {
+                    true if opening::may_start_unopened(&ticket) => Phase::Running,
+                    true => Phase::Opening,
+                    false => Phase::Claiming,
+                };
                 let ticket = Arc::new(ticket);
                 let number = table.insert(Attempt::new(ticket.clone(), vec![waiter], phase));
                 if starts {
                     let _ = shared.to_open.send(number);
-                } else {
-                    to_claim.push((number, ticket, is_first));
+                }
+                match phase {
+                    Phase::Running => to_start.push((number, ticket)),
+                    Phase::Claiming => to_claim.push((number, ticket, is_first)),
+                    _ => {}
                 }
             }
         }
     }
     drop(table);
+    opening::start_unopened(shared, to_start);
     for (number, ticket, is_first) in to_claim {
         shared.spawn(claim::run(shared.clone(), number, ticket, is_first, 0));
     }

@@ -1,5 +1,8 @@
 //! Opens logs, and gives the engine what is to run.
 //!
+//! A first attempt that nobody else can make has nothing to learn from its log: the engine has it while the log is being
+//! opened, and should its first tokens be quicker, they open the log themselves. All others wait for what the log says.
+//!
 //! Attempts that come while one round trip is under way are opened together in the next: under load a round trip serves
 //! many, and alone none waits.
 
@@ -15,11 +18,11 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::attempt::{self, Attempt, Phase};
-use crate::claim;
 use crate::replay::Replay;
 use crate::shared::Shared;
 use crate::tasks::Backoff;
 use crate::ticket::Ticket;
+use crate::{claim, outbox};
 
 /// Most attempts that are opened in one round trip.
 const BATCH: usize = 256;
@@ -55,13 +58,27 @@ fn openings(shared: &Shared, numbers: &mut Vec<u64>) -> Vec<Opening> {
     let mut openings = Vec::with_capacity(numbers.len());
     let mut table = shared.table();
     numbers.retain(|number| match table.get(*number) {
-        Some(attempt) if attempt.phase == Phase::Opening => {
+        Some(attempt) if attempt.phase == Phase::Opening || attempt.phase == Phase::Running => {
             openings.push(opening_of(shared, attempt));
             true
         }
         _ => false,
     });
     openings
+}
+
+/// Whether an attempt may run while its log is being opened, if nobody else can have made one before: not if it would
+/// end at once, and not if what its engine does with it first takes long.
+pub(crate) fn may_start_unopened(ticket: &Ticket) -> bool {
+    ticket.fault.is_none() && !ticket.has_expired() && !is_long(ticket)
+}
+
+/// Gives the engine attempts in [`Phase::Running`] whose logs are being opened.
+pub(crate) fn start_unopened(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>)>) {
+    for (_, ticket) in &attempts {
+        ticket.served.meter.started(ticket.lane, ticket.age_ms());
+    }
+    submit(shared, attempts.into_iter().map(|(number, ticket)| (number, ticket, Vec::new())).collect());
 }
 
 /// The opening of an attempt's log, for the first time or again.
@@ -82,9 +99,17 @@ fn start(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
     let mut ended = Vec::new();
     let mut table = shared.table();
     for (&number, answer) in numbers.iter().zip(answers) {
-        let Some(attempt) = table.get(number).filter(|a| a.phase == Phase::Opening) else { continue };
+        let Some(attempt) = table.get(number) else { continue };
         match answer {
+            _ if attempt.phase != Phase::Opening && attempt.phase != Phase::Running => {}
             Opened::Superseded { epoch } => superseded.push((number, epoch)),
+            // The records, if any, are its own: they opened the log.
+            Opened::Started { cancelled, .. } if attempt.phase == Phase::Running => {
+                attempt.opened = true;
+                if cancelled {
+                    outbox::cancel(attempt, number);
+                }
+            }
             Opened::Started { frames, cancelled } => {
                 attempt.cancelled |= cancelled;
                 attempt.phase = Phase::Running;
@@ -123,7 +148,6 @@ fn end_early(attempt: &mut Attempt) {
 /// Gives attempts to their engines. An engine tokenizes the prompt and compiles the response format on the thread that
 /// brings it: long prompts and formats go to threads of their own, so that nobody waits for them.
 fn submit(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>, Vec<u32>)>) {
-    let is_long = |t: &Ticket| t.body.len() > LONG_BODY || t.job.options.response_format.is_some();
     let (long, short): (Vec<_>, Vec<_>) = attempts.into_iter().partition(|(_, t, _)| is_long(t));
     for (number, ticket, resume) in &short {
         ticket.served.engine.submit(request(ticket, *number, resume.clone()));
@@ -136,6 +160,10 @@ fn submit(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>, Vec<u32>)>) {
             confirm_submitted(&shared, std::iter::once((number, &ticket)));
         });
     }
+}
+
+fn is_long(ticket: &Ticket) -> bool {
+    ticket.body.len() > LONG_BODY || ticket.job.options.response_format.is_some()
 }
 
 /// From now on a cancellation is passed to the engine; one that came a moment ago is passed now.

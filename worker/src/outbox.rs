@@ -181,6 +181,7 @@ fn gather(shared: &Arc<Shared>, attempt: &mut Attempt, number: u64, step: &mut S
             epoch: attempt.epoch,
             channel: attempt.ticket.channel.clone(),
             record: Bytes::new(),
+            opening: (!attempt.opened).then(|| opening::opening_of(shared, attempt)),
         });
     } else if attempt.is_handed_out() {
         hand_over(shared, attempt, number);
@@ -262,6 +263,7 @@ fn appended(shared: &Arc<Shared>, step: &Step, report: AppendReport, dirty: &mut
         let Some(attempt) = table.get(number) else { continue };
         match answer {
             Appended::Accepted => {
+                attempt.opened = true;
                 attempt.unheard =
                     !report.unheard.is_empty() && report.unheard.contains(&attempt.ticket.channel);
                 if frame.is_last() {

@@ -288,7 +288,8 @@ async fn a_text_that_was_whole_is_only_committed() {
         ..Frame::default()
     };
     let record = serde_json::to_vec(&last).unwrap().into();
-    let append = Append { key: order.key(), epoch: 1, channel: order.channel().into(), record };
+    let append =
+        Append { key: order.key(), epoch: 1, channel: order.channel().into(), record, opening: None };
     fleet.bus.append(&[append]).await.unwrap();
     fleet.publish_redelivered(&order).await;
     let worker = fleet.worker(0).await;

@@ -210,6 +210,7 @@ async fn what_the_broker_gave_up_becomes_a_proper_failure() {
         epoch: 1,
         channel: "llm.tokens.d1".into(),
         record: frame.to_string().into(),
+        opening: None,
     };
     ports.bus.append(&[append]).await.unwrap();
     assert_ne!(ports.bus.worker_liveness("w-dead").await.unwrap(), Liveness::Alive);

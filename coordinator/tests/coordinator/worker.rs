@@ -197,6 +197,7 @@ impl Run {
             epoch: 1,
             channel: job.stream_to.clone().unwrap(),
             record: serde_json::to_vec(&frame).unwrap().into(),
+            opening: None,
         };
         self.ports.bus.append(&[append]).await.unwrap();
     }

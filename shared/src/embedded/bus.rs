@@ -128,6 +128,15 @@ impl State {
     }
 
     fn append(&mut self, job: &Append) -> Appended {
+        if let Some(opening) = &job.opening {
+            match self.log(job.key) {
+                None => drop(self.open(opening)),
+                Some(log) if log.header.epoch == job.epoch && log.header != opening.header => {
+                    return Appended::Superseded;
+                }
+                Some(_) => {}
+            }
+        }
         match self.log(job.key) {
             Some(log) if log.header.epoch == job.epoch => {
                 log.records.push(job.record.clone());

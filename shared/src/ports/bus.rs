@@ -79,6 +79,9 @@ pub struct Append {
     pub channel: String,
     /// A [`Frame`] as JSON.
     pub record: Bytes,
+    /// The log may not be open yet: opens it for the writer if there is none. A log that another attempt holds is left
+    /// as it is. A worker that gives a job to its engine while the log is being opened sends its first records so.
+    pub opening: Option<Opening>,
 }
 
 /// What came of one [`Append`].

@@ -46,22 +46,29 @@ pub(super) async fn append(link: &Link, names: &Names, step: &[Append]) -> PortR
     if step.is_empty() {
         return Ok(AppendReport::default());
     }
-    // Stable, so that records of one channel stay in the order of the step.
+    // Stable, so that records of one job stay in the order of the step.
     let mut order: Vec<usize> = (0..step.len()).collect();
-    order.sort_by(|a, b| step[*a].channel.cmp(&step[*b].channel));
+    order.sort_by_key(|i| (&step[*i].channel, step[*i].opening.is_none()));
     let groups: Vec<&[usize]> = order.chunk_by(|a, b| step[*a].channel == step[*b].channel).collect();
 
     let keys: Vec<String> = order.iter().map(|i| names.log(step[*i].key)).collect();
     let epochs: Vec<String> = order.iter().map(|i| step[*i].epoch.to_string()).collect();
-    let heads: Vec<[String; 2]> =
-        groups.iter().map(|group| [names.tokens(&step[group[0]].channel), group.len().to_string()]).collect();
+    let headers: Vec<Option<[String; 2]>> = order
+        .iter()
+        .map(|i| step[*i].opening.as_ref().map(|o| [header_json(&o.header), millis(o.ttl)]))
+        .collect();
+    let head = |group: &&[usize]| {
+        let unopened = group.iter().filter(|i| step[**i].opening.is_some()).count();
+        [names.tokens(&step[group[0]].channel), group.len().to_string(), unopened.to_string()]
+    };
+    let heads: Vec<[String; 3]> = groups.iter().map(head).collect();
     let mut call = Call::new(&APPEND);
     call.keys(&keys);
-    let mut epoch = epochs.iter();
-    for (group, [channel, count]) in groups.iter().zip(&heads) {
-        call.arg(channel).arg(count);
-        for (i, epoch) in group.iter().zip(&mut epoch) {
-            call.arg(epoch).arg(&step[*i].record);
+    let mut jobs = epochs.iter().zip(&headers);
+    for (group, head) in groups.iter().zip(&heads) {
+        call.args(head);
+        for (i, (epoch, header)) in group.iter().zip(&mut jobs) {
+            call.arg(epoch).arg(&step[*i].record).args(header.iter().flatten());
         }
     }
 

@@ -134,7 +134,7 @@ impl Job {
 
     pub fn append_frame(&self, frame: &Frame) -> Append {
         let record = Bytes::from(serde_json::to_vec(frame).unwrap());
-        Append { key: self.key, epoch: frame.epoch, channel: self.channel.clone(), record }
+        Append { key: self.key, epoch: frame.epoch, channel: self.channel.clone(), record, opening: None }
     }
 }
 

@@ -71,6 +71,42 @@ pub async fn without_a_log_nothing_is_recorded_or_published(f: Arc<Fixture>) {
     assert_eq!(next_frames(&mut heard).await, [lost.frame(1, 7)]);
 }
 
+pub async fn a_first_record_opens_its_log(f: Arc<Fixture>) {
+    let (job, other) = (Job::new(), Job::on("llm.tokens.shared"));
+    let neighbour = Job::on("llm.tokens.shared");
+    let mut heard = f.other.subscribe(&other.channel).await.unwrap();
+    open(&*f.bus, &neighbour, 1).await;
+    let first = |job: &Job, n| Append { opening: Some(job.opening(1)), ..job.append(1, n) };
+    let step = [neighbour.append(1, 3), first(&job, 0), first(&other, 5)];
+    assert_eq!(f.bus.append(&step).await.unwrap().jobs, [Appended::Accepted; 3]);
+    let log = f.other.read_log(job.key).await.unwrap().unwrap();
+    assert_eq!(log, ReplayLog { header: job.header(1, "w-1"), frames: vec![job.frame(1, 0)] });
+    let mut frames = next_frames(&mut heard).await;
+    frames.sort_by_key(|frame| frame.seq);
+    assert_eq!(frames, [neighbour.frame(1, 3), other.frame(1, 5)]);
+    // The opening that was under way comes, and finds what was written; or came before.
+    assert_eq!(open(&*f.bus, &job, 1).await.0, [job.frame(1, 0)]);
+    assert_eq!(f.bus.append(&[first(&job, 1)]).await.unwrap().jobs, [Appended::Accepted]);
+    assert_eq!(f.other.read_log(job.key).await.unwrap().unwrap().frames, [job.frame(1, 0), job.frame(1, 1)]);
+}
+
+pub async fn a_first_record_takes_no_log_from_another(f: Arc<Fixture>) {
+    let (overtaken, doubled) = (Job::new(), Job::new());
+    open(&*f.other, &overtaken, 2).await;
+    let thief = Opening { header: doubled.header(1, "thief"), ..doubled.opening(1) };
+    open_as(&*f.other, &thief).await;
+    let first = |job: &Job| Append { opening: Some(job.opening(1)), ..job.append(1, 0) };
+    let report = f.bus.append(&[first(&overtaken), first(&doubled)]).await.unwrap();
+    assert_eq!(report.jobs, [Appended::Superseded; 2]);
+    for (job, header) in [(&overtaken, overtaken.header(2, "w-2")), (&doubled, thief.header)] {
+        let log = f.other.read_log(job.key).await.unwrap().unwrap();
+        assert_eq!(log, ReplayLog { header, frames: vec![] });
+    }
+    // Of an older log it makes nothing: that is opened, after its records were read.
+    let late = Append { opening: Some(overtaken.opening(3)), ..overtaken.append(3, 0) };
+    assert_eq!(f.bus.append(&[late]).await.unwrap().jobs, [Appended::Missing]);
+}
+
 pub async fn an_older_log_counts_as_missing(f: Arc<Fixture>) {
     // The service lost its data, and the older of two attempts noticed first.
     let job = Job::new();
@@ -106,12 +142,16 @@ pub async fn a_batch_is_answered_in_order(f: Arc<Fixture>) {
 }
 
 pub async fn logs_expire(f: Arc<Fixture>) {
+    let hasty = Job::new();
+    let opening = Opening { ttl: Duration::from_millis(300), ..hasty.opening(1) };
+    f.bus.append(&[Append { opening: Some(opening), ..hasty.append(1, 0) }]).await.unwrap();
     let (brief, lasting) = (Job::new(), Job::new());
     let opening = Opening { ttl: Duration::from_millis(300), ..brief.opening(1) };
     open_as(&*f.bus, &opening).await;
     open(&*f.bus, &lasting, 1).await;
     f.bus.append(&[brief.append(1, 0), lasting.append(1, 0)]).await.unwrap();
     eventually("it expires", async || f.bus.read_log(brief.key).await.unwrap().is_none()).await;
+    eventually("it expires", async || f.bus.read_log(hasty.key).await.unwrap().is_none()).await;
     let report = f.bus.append(&[brief.append(1, 1), lasting.append(1, 1)]).await.unwrap();
     assert_eq!(report.jobs, [Appended::Missing, Appended::Accepted]);
     assert_eq!(open(&*f.bus, &brief, 1).await.0, []);

@@ -42,6 +42,8 @@ on_both!(
     logs::an_older_attempt_is_refused,
     logs::of_two_attempts_with_one_epoch_the_first_holds,
     logs::without_a_log_nothing_is_recorded_or_published,
+    logs::a_first_record_opens_its_log,
+    logs::a_first_record_takes_no_log_from_another,
     logs::an_older_log_counts_as_missing,
     logs::a_batch_is_answered_in_order,
     logs::logs_expire,
