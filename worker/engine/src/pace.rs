@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Most prompt tokens in one step.
 const LARGEST: usize = 512;
 /// Fewest; also a prompt must get on.
-const SMALLEST: usize = 8;
+const SMALLEST: usize = 4;
 /// Time for a chunk, in steps without one.
 const STRETCH: f64 = 1.0;
 /// Weight of the newest measurement.
@@ -42,8 +42,8 @@ impl Pace {
             return LARGEST;
         }
         match (self.step(decoding), self.token) {
-            (Some(step), Some(token)) => ((STRETCH * step / token) as usize).clamp(SMALLEST, LARGEST) & !7,
-            _ => 4 * SMALLEST,
+            (Some(step), Some(token)) => ((STRETCH * step / token) as usize).clamp(SMALLEST, LARGEST) & !3,
+            _ => 8 * SMALLEST,
         }
     }
 
@@ -92,8 +92,8 @@ mod tests {
             pace.record(8, 0, Duration::from_millis(20));
         }
         assert_eq!(pace.chunk(0), LARGEST);
-        // 20 ms a step, 1 ms a token: 20 tokens, in whole eights.
-        assert_eq!(pace.chunk(8), 16);
+        // 20 ms a step, 1 ms a token: 20 tokens.
+        assert_eq!(pace.chunk(8), 20);
         pace.record(8, 0, Duration::from_nanos(1));
         for _ in 0..100 {
             pace.record(8, 0, Duration::from_micros(10));

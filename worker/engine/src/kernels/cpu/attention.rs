@@ -4,7 +4,8 @@
 //! first-level cache; chunks are joined by rescaling (the online softmax of FlashAttention). Chunks are of fixed size and
 //! joined in order, so a row's result does not depend on the rows beside it, on how the work is split, or on threads.
 //! Rows of one sequence are taken sixteen at a time, and query heads that share a key head together, so that keys and
-//! values are read once for all of them. A few rows over a long context are split by chunks among the threads.
+//! values are read once for all of them. Rows whose context is long beside the
+//! others' are split by chunks among the threads.
 
 mod chunk;
 
@@ -87,14 +88,20 @@ pub fn attention<E: Element>(
     rows.check(shape, blocks);
     let problem = Problem { spec, shape, keys, values, rows, q };
     let units = units(&problem);
-    let chunks: usize = units.iter().map(|unit| unit.chunks.len()).sum();
+    let cost = |unit: &Unit| unit.chunks.len() * problem.queries(unit);
+    // What is more than a quarter of a thread's part would keep the others waiting.
+    let most = units.iter().map(cost).sum::<usize>() / (4 * pool.threads());
+    let is_long = |unit: &Unit| pool.threads() > 1 && unit.chunks.len() > 1 && cost(unit) > most;
+    let (long, units): (Vec<_>, Vec<_>) = units.into_iter().partition(is_long);
     let out = Shared(out.as_mut_ptr());
-    if pool.threads() > 1 && units.len() < 4 * pool.threads() && chunks > units.len() {
-        by_chunks(pool, &problem, &units, chunks, out);
-    } else {
+    if !long.is_empty() {
+        by_chunks(pool, &problem, &long, out);
+    }
+    if !units.is_empty() {
         // The costliest units are usually the last, so they are begun first. Heads of the same rows stay on one thread
         // where there are enough for all, and each asks for the next one's memory.
-        let runs = if units.len() < 8 * pool.threads() { units.len() } else { units.len() / shape.heads };
+        let runs =
+            if units.len() < 8 * pool.threads() { units.len() } else { units.len().div_ceil(shape.heads) };
         pool.run(runs, |run| {
             let mine = &units[share(units.len(), runs, runs - 1 - run)];
             for (index, unit) in mine.iter().enumerate() {
@@ -165,16 +172,11 @@ fn by_unit<E: Element>(
 }
 
 /// Chunks spread over the threads, their results joined afterwards, in the order in which one thread would have.
-fn by_chunks<E: Element>(
-    pool: &Pool,
-    problem: &Problem<'_, E>,
-    units: &[Unit],
-    chunks: usize,
-    out: Shared<f32>,
-) {
+fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], out: Shared<f32>) {
     let state = problem.shape.value_dim() + 2;
     let tasks: Vec<(&Unit, usize)> =
         units.iter().flat_map(|unit| unit.chunks.clone().map(move |chunk| (unit, chunk))).collect();
+    let chunks = tasks.len();
     let most = units.iter().map(|unit| problem.queries(unit)).max().unwrap_or(0);
     PARTIAL.with_borrow_mut(|partial| {
         partial.resize(chunks * most * state, 0.0);
