@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Most prompt tokens in one step.
 const LARGEST: usize = 512;
 /// Fewest; also a prompt must get on.
-const SMALLEST: usize = 4;
+const SMALLEST: usize = 2;
 /// Time for a chunk, in steps without one.
 const STRETCH: f64 = 1.0;
 /// Weight of the newest measurement.
@@ -42,7 +42,7 @@ impl Pace {
             return LARGEST;
         }
         match (self.step(decoding), self.token) {
-            (Some(step), Some(token)) => ((STRETCH * step / token) as usize).clamp(SMALLEST, LARGEST) & !3,
+            (Some(step), Some(token)) => ((STRETCH * step / token) as usize).clamp(SMALLEST, LARGEST) & !1,
             _ => 8 * SMALLEST,
         }
     }
