@@ -40,7 +40,11 @@ for i in 0 1; do
 done
 for i in 0 1 2; do worker $i; done
 for i in 0 1; do
-  for _ in $(seq 120); do curl -fs "http://127.0.0.1:$((18090 + i))/healthz/ready" >/dev/null && break; sleep 0.5; done
+  for _ in $(seq 120); do
+    models=$(curl -fs "http://127.0.0.1:$((18090 + i))/v1/models" || true)
+    [[ $models == *'"id"'* ]] && break
+    sleep 0.5
+  done
 done
 
 run() { # NAME
