@@ -30,7 +30,7 @@ use axum::serve::ListenerExt;
 use metrics_exporter_prometheus::PrometheusHandle;
 use stoker_shared::backoff::Backoff;
 use stoker_shared::config::Config;
-use stoker_shared::ports::{Ledger, Ports};
+use stoker_shared::ports::{Ledger, Ports, bring_up_schema};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -98,7 +98,7 @@ impl Coordinator {
         let addr = listener.local_addr().map_err(listen)?;
 
         let mut tasks = JoinSet::new();
-        bring_up_schema(&ports.ledger, &mut tasks).await;
+        start_on_schema(&ports.ledger, &mut tasks).await;
         let (inbox, inbox_tasks) = Inbox::new(&id, ports.clone());
         tasks.spawn(inbox_tasks.run());
         let registry = Registry::new(ports.clone(), &config.coordinator.models);
@@ -160,15 +160,11 @@ impl Coordinator {
 }
 
 /// Brings the schema up to date: now if the ledger is there, else as soon as it is.
-async fn bring_up_schema(ledger: &Arc<dyn Ledger>, tasks: &mut JoinSet<()>) {
+async fn start_on_schema(ledger: &Arc<dyn Ledger>, tasks: &mut JoinSet<()>) {
     let ledger = ledger.clone();
     let (done, is_done) = tokio::sync::oneshot::channel();
     tasks.spawn(async move {
-        let mut backoff = BACKOFF;
-        while let Err(e) = ledger.migrate().await {
-            tracing::warn!("can't bring the schema up to date yet: {e}");
-            backoff.pause().await;
-        }
+        bring_up_schema(&*ledger).await;
         let _ = done.send(());
     });
     if tokio::time::timeout(START_LIMIT, is_done).await.is_err() {

@@ -1,11 +1,14 @@
 //! The ledger: says what is final. One outcome and one bill per job, however often it is delivered.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::PortResult;
+use crate::backoff::Backoff;
 use crate::outcome::code;
 
 /// Where a job stands.
@@ -321,4 +324,14 @@ pub trait Ledger: Send + Sync + 'static {
 
     /// Whether the service answers now.
     async fn ready(&self) -> PortResult<()>;
+}
+
+/// Brings the schema up to date, as soon as that can be done: a process may be there before its database. Every
+/// coordinator and worker does it when it starts, so that none depends on another to have been first.
+pub async fn bring_up_schema(ledger: &dyn Ledger) {
+    let mut backoff = Backoff::new().longest(Duration::from_secs(5));
+    while let Err(e) = ledger.migrate().await {
+        tracing::warn!("can't bring the schema up to date yet: {e}");
+        backoff.pause().await;
+    }
 }
