@@ -8,6 +8,8 @@ mod postgres;
 #[path = "../common/proxy.rs"]
 mod proxy;
 mod samples;
+#[path = "../common/services.rs"]
+mod services;
 mod suite;
 
 /// Makes a test of every function of the suite, each on a ledger of its own: `$open` gives one, with what must outlive
