@@ -278,6 +278,15 @@ pub struct UsageSummary {
     pub models_used: Vec<String>,
 }
 
+/// How long rows are kept that carry no expiry of their own, seconds; 0: for ever.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// Rows of `llm_requests`, whoever wrote them.
+    pub requests_s: u64,
+    /// Rows of `dead_letters`.
+    pub dead_letters_s: u64,
+}
+
 /// Says what is final.
 #[async_trait]
 pub trait Ledger: Send + Sync + 'static {
@@ -320,7 +329,7 @@ pub trait Ledger: Send + Sync + 'static {
     async fn usage(&self, tenant: &str, user_id: Option<&str>, seconds: u64) -> PortResult<UsageSummary>;
 
     /// Deletes what has expired, in bounded batches; how many rows.
-    async fn purge(&self) -> PortResult<u64>;
+    async fn purge(&self, retention: Retention) -> PortResult<u64>;
 
     /// Whether the service answers now.
     async fn ready(&self) -> PortResult<()>;
