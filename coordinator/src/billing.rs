@@ -12,7 +12,7 @@ use stoker_shared::ports::{Ending, Ports, RequestRow};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use crate::backoff::Backoff;
+use crate::BACKOFF;
 use crate::inbox::End;
 use crate::outcome::{Story, outcome};
 
@@ -82,7 +82,7 @@ pub async fn run(ports: Ports, store_prompts: bool, mut queue: mpsc::Receiver<Bo
 }
 
 async fn commit(ports: &Ports, endings: Vec<Ending>) {
-    let mut backoff = Backoff::new();
+    let mut backoff = BACKOFF;
     loop {
         match ports.ledger.commit(endings.clone()).await {
             Ok(_) => return,
@@ -92,7 +92,7 @@ async fn commit(ports: &Ports, endings: Vec<Ending>) {
                 return;
             }
         }
-        backoff.wait().await;
+        backoff.pause().await;
     }
 }
 

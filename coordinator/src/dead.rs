@@ -8,7 +8,7 @@ use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{DeadLetter, Delivery, PortResult, Source};
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::Backoff;
+use crate::BACKOFF;
 use crate::closing::{Closed, Closing, close, undeliverable};
 use crate::dispatch::Dispatch;
 use crate::letters;
@@ -18,7 +18,7 @@ const HELD: u16 = 16;
 
 /// Handles dead deliveries until told to stop.
 pub async fn run(dispatch: Arc<Dispatch>, stop: CancellationToken) {
-    let mut backoff = Backoff::new();
+    let mut backoff = BACKOFF;
     while !stop.is_cancelled() {
         match dispatch.ports.queue.consume(&Source::Dead, HELD).await {
             Ok(mut consumer) => {
@@ -34,15 +34,15 @@ pub async fn run(dispatch: Arc<Dispatch>, stop: CancellationToken) {
             }
             Err(e) => tracing::warn!("can't take in what the broker gave up yet: {e}"),
         }
-        backoff.wait().await;
+        backoff.pause().await;
     }
 }
 
 async fn handle(dispatch: &Dispatch, delivery: Delivery) {
-    let mut backoff = Backoff::new();
+    let mut backoff = BACKOFF;
     while let Err(e) = settle(dispatch, &delivery).await {
         tracing::warn!(job = delivery.message.id, "a dead delivery waits: {e}");
-        backoff.wait().await;
+        backoff.pause().await;
     }
     if let Err(e) = delivery.receipt.ack().await {
         tracing::debug!(job = delivery.message.id, "a dead delivery was not settled: {e}");

@@ -17,8 +17,8 @@ use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{Consumer, Delivery, Message, PublishError, Source};
 use tokio_util::sync::CancellationToken;
 
+use crate::BACKOFF;
 use crate::admission::{Admission, Caller};
-use crate::backoff::Backoff;
 use crate::closing::{self, Closed, Closing};
 use crate::dispatch::Dispatch;
 use crate::inbox::{End, deadline_passed};
@@ -36,7 +36,7 @@ const PUBLISH_LIMIT: std::time::Duration = std::time::Duration::from_secs(15);
 
 /// Drains the front door until told to stop.
 pub async fn run(dispatch: Arc<Dispatch>, admission: Arc<Admission>, stop: CancellationToken) {
-    let mut backoff = Backoff::new();
+    let mut backoff = BACKOFF;
     while !stop.is_cancelled() {
         match dispatch.ports.queue.consume(&Source::FrontDoor, HELD).await {
             Ok(consumer) => {
@@ -45,7 +45,7 @@ pub async fn run(dispatch: Arc<Dispatch>, admission: Arc<Admission>, stop: Cance
             }
             Err(e) => tracing::warn!("can't open the front door yet: {e}"),
         }
-        backoff.wait().await;
+        backoff.pause().await;
     }
 }
 
@@ -113,14 +113,14 @@ async fn admit(
     caller: &Caller,
 ) -> Result<Prepared, JobError> {
     let given = job.id.clone().or_else(|| fitting(&message.id));
-    let mut backoff = Backoff::new();
+    let mut backoff = BACKOFF;
     let model = loop {
         match dispatch.router.route(job.model_name(), Patience::Queued).await {
             Ok(model) => break model,
             Err(e) if e.code == code::MODEL_NOT_FOUND => return Err(e),
             Err(e) => tracing::debug!(job = given, "a front-door job waits: {e}"),
         }
-        backoff.wait().await;
+        backoff.pause().await;
     };
     let intent = Intent {
         job,
@@ -150,7 +150,7 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, prepared: Prepared)
             Err(e) => tracing::debug!(job = job.id, "the cached answer can't be made final, so it runs: {e}"),
         }
     }
-    let mut backoff = Backoff::new();
+    let mut backoff = BACKOFF;
     loop {
         let error = match dispatch.publish(model, job.lane, message.clone(), PUBLISH_LIMIT).await {
             Ok(()) => return,
@@ -165,7 +165,7 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, prepared: Prepared)
                 Err(e) => tracing::warn!(job = job.id, "can't end a job whose time is up yet: {e}"),
             }
         }
-        backoff.wait().await;
+        backoff.pause().await;
     }
 }
 

@@ -8,12 +8,12 @@ use stoker_shared::outcome::JobError;
 use stoker_shared::ports::{DeadLetter, Destination, Message, Ports};
 use stoker_shared::telemetry::metric;
 
-use crate::backoff::Backoff;
+use crate::BACKOFF;
 
 /// Records a message that never became a job, and passes it on to `llm.errors`. Returns once the ledger has it, or
 /// refuses it for good.
 pub async fn bury(ports: &Ports, letter: &DeadLetter) {
-    let mut backoff = Backoff::new();
+    let mut backoff = BACKOFF;
     loop {
         match ports.ledger.bury(letter).await {
             Ok(()) => break,
@@ -26,7 +26,7 @@ pub async fn bury(ports: &Ports, letter: &DeadLetter) {
                 break;
             }
         }
-        backoff.wait().await;
+        backoff.pause().await;
     }
     feed(ports, letter).await;
 }

@@ -7,7 +7,6 @@
 //! those that the broker gave up, and [`sweeper`] publishes again what was accepted and never confirmed.
 
 mod admission;
-mod backoff;
 mod billing;
 mod closing;
 mod dead;
@@ -29,15 +28,15 @@ use std::time::Duration;
 
 use axum::serve::ListenerExt;
 use metrics_exporter_prometheus::PrometheusHandle;
+use stoker_shared::backoff::Backoff;
 use stoker_shared::config::Config;
-use stoker_shared::ports::{Ledger, Ports};
+use stoker_shared::ports::{Ledger, Ports, bring_up_schema};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use crate::admission::Admission;
-use crate::backoff::Backoff;
 use crate::billing::Billing;
 use crate::dispatch::Dispatch;
 use crate::http::App;
@@ -48,6 +47,8 @@ use crate::routing::{Registry, Router};
 pub const DEFAULT_PORT: u16 = 8080;
 /// What the services get to be there at start; then the coordinator serves all the same, and says what is missing.
 const START_LIMIT: Duration = Duration::from_secs(5);
+/// Pauses between attempts while a service is away.
+const BACKOFF: Backoff = Backoff::new().longest(Duration::from_secs(5));
 /// Streams that are running when the process is told to end may go on for so long.
 const GOODBYE: Duration = Duration::from_secs(25);
 /// Rows that nobody waits for have so long at the end.
@@ -97,7 +98,7 @@ impl Coordinator {
         let addr = listener.local_addr().map_err(listen)?;
 
         let mut tasks = JoinSet::new();
-        bring_up_schema(&ports.ledger, &mut tasks).await;
+        start_on_schema(&ports.ledger, &mut tasks).await;
         let (inbox, inbox_tasks) = Inbox::new(&id, ports.clone());
         tasks.spawn(inbox_tasks.run());
         let registry = Registry::new(ports.clone(), &config.coordinator.models);
@@ -159,15 +160,11 @@ impl Coordinator {
 }
 
 /// Brings the schema up to date: now if the ledger is there, else as soon as it is.
-async fn bring_up_schema(ledger: &Arc<dyn Ledger>, tasks: &mut JoinSet<()>) {
+async fn start_on_schema(ledger: &Arc<dyn Ledger>, tasks: &mut JoinSet<()>) {
     let ledger = ledger.clone();
     let (done, is_done) = tokio::sync::oneshot::channel();
     tasks.spawn(async move {
-        let mut backoff = Backoff::new();
-        while let Err(e) = ledger.migrate().await {
-            tracing::warn!("can't bring the schema up to date yet: {e}");
-            backoff.wait().await;
-        }
+        bring_up_schema(&*ledger).await;
         let _ = done.send(());
     });
     if tokio::time::timeout(START_LIMIT, is_done).await.is_err() {

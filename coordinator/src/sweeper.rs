@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use stoker_shared::job::Job;
-use stoker_shared::ports::{Message, Unpublished};
+use stoker_shared::ports::{Message, Retention, Unpublished};
 
 use crate::dispatch::Dispatch;
 use crate::routing::Patience;
@@ -27,10 +27,15 @@ const PUBLISH_LIMIT: Duration = Duration::from_secs(5);
 
 /// Sweeps until dropped.
 pub async fn run(dispatch: Arc<Dispatch>) {
+    let settings = &dispatch.config.coordinator;
+    let retention = Retention {
+        requests_s: settings.request_retention_s,
+        dead_letters_s: settings.dead_letter_retention_s,
+    };
     for turn in 1_u32.. {
         sweep(&dispatch).await;
         if turn % PURGE_EVERY == 0 {
-            match dispatch.ports.ledger.purge().await {
+            match dispatch.ports.ledger.purge(retention).await {
                 Ok(0) => {}
                 Ok(rows) => tracing::info!(rows, "deleted what had expired"),
                 Err(e) => tracing::debug!("can't delete what has expired: {e}"),

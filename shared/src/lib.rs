@@ -3,6 +3,7 @@
 //! [`ports`] are the only way to a broker, a bus or a database; [`rabbitmq`], [`redis`] and [`postgres`] are the ports
 //! on real services, [`embedded`] the same ports inside one process.
 
+pub mod backoff;
 pub mod config;
 pub mod embedded;
 pub mod envelope;

@@ -121,13 +121,17 @@ async fn run_speed(args: BenchArgs, config: Config) -> Result<()> {
     };
     let json = args.subject.json;
     let measured = tokio::task::spawn_blocking(move || {
-        if !json {
-            println!(
-                "{:<8} {:>7} {:>6} {:>12} {:>10} {:>8}",
-                "test", "prompt", "batch", "tokens/s", "bandwidth", "flops"
-            );
-        }
-        let report = &mut |m| print_speed(&m, json);
+        // Not before the first row: what can't be measured has no table.
+        let mut header = !json;
+        let report = &mut |m| {
+            if std::mem::take(&mut header) {
+                println!(
+                    "{:<8} {:>7} {:>6} {:>12} {:>10} {:>8}",
+                    "test", "prompt", "batch", "tokens/s", "bandwidth", "flops"
+                );
+            }
+            print_speed(&m, json);
+        };
         match args.shape {
             Some(shape) => speed_of_shape(shape, args.format, load, &options, report),
             None => speed(load, &options, report),
@@ -169,13 +173,13 @@ async fn run_quality(args: QualityArgs, config: Config) -> Result<()> {
     let json = args.subject.json;
     let scored = tokio::task::spawn_blocking(move || {
         let mut last = None;
-        if !json {
-            println!(
-                "{:<8} {:<10} {:>7} {:>10} {:>12} {:>12} {:>11}",
-                "backend", "kernels", "tokens", "agreement", "mean KL", "max KL", "perplexity"
-            );
-        }
         quality(&load, &text, &mut |q| {
+            if last.is_none() && !json {
+                println!(
+                    "{:<8} {:<10} {:>7} {:>10} {:>12} {:>12} {:>11}",
+                    "backend", "kernels", "tokens", "agreement", "mean KL", "max KL", "perplexity"
+                );
+            }
             print_quality(&q, json);
             last = Some(q);
         })?;

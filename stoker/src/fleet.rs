@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use stoker_coordinator::Coordinator;
 use stoker_engine::{BackendKind, EchoOptions, LoadOptions};
 use stoker_shared::config::{BackendChoice, Config, EngineChoice};
-use stoker_shared::ports::Ports;
+use stoker_shared::ports::bring_up_schema;
 use stoker_shared::telemetry;
 use stoker_worker::{Model, Worker};
 
@@ -159,7 +159,6 @@ pub async fn up(mut config: Config, args: UpArgs) -> Result<()> {
             .with_context(|| format!("cannot open {}", file.display()))?
     };
     let models = models(&config).await?;
-    migrate(&ports).await?;
     let metrics = telemetry::init_metrics();
     let coordinator = Coordinator::start(config.clone(), ports.clone(), Some(metrics)).await?;
     let addr = coordinator.addr();
@@ -202,7 +201,8 @@ pub async fn coordinator(config: Config) -> Result<()> {
 /// A worker on the real services.
 pub async fn worker(config: Config) -> Result<()> {
     let ports = stoker_shared::connect(&config.services).await?;
-    migrate_when_there(&ports);
+    let ledger = ports.ledger.clone();
+    tokio::spawn(async move { bring_up_schema(&*ledger).await });
     let models = models(&config).await?;
     let worker = Worker::start(config, ports, models, Some(telemetry::init_metrics())).await?;
     tracing::info!("worker {} serves; its probes and metrics are on {}", worker.id(), worker.addr());
@@ -212,23 +212,6 @@ pub async fn worker(config: Config) -> Result<()> {
     };
     worker.drain().await;
     failed.map_or(Ok(()), Err)
-}
-
-async fn migrate(ports: &Ports) -> Result<()> {
-    ports.ledger.migrate().await.context("cannot bring the database schema up to date")
-}
-
-/// Migrates as soon as the database can be reached: a worker may be there before its services and any coordinator.
-fn migrate_when_there(ports: &Ports) {
-    let ledger = ports.ledger.clone();
-    tokio::spawn(async move {
-        let mut pause = Duration::from_millis(200);
-        while let Err(e) = ledger.migrate().await {
-            tracing::warn!("cannot bring the database schema up to date yet: {e}");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(10));
-        }
-    });
 }
 
 /// What the worker is to run.

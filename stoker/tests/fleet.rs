@@ -4,14 +4,15 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Fleet, Services, Streaming, client, echo, eventually};
+use common::services::configured;
+use common::{Fleet, Streaming, client, echo, eventually};
 use serde_json::json;
 
 const SLOW: &[&str] = &["--engine", "echo", "--echo-delay-ms", "20"];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_worker_goes_unnoticed_but_for_a_pause() {
-    let mut fleet = Fleet::new(Services::configured()).await;
+    let mut fleet = Fleet::new(configured()).await;
     let url = fleet.coordinator().await;
     let first = fleet.worker(SLOW).await;
     let prompt = "one two three four five six seven";
@@ -34,7 +35,7 @@ async fn a_killed_worker_goes_unnoticed_but_for_a_pause() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_goes_on_where_the_killed_worker_stopped() {
-    let mut fleet = Fleet::new(Services::configured()).await;
+    let mut fleet = Fleet::new(configured()).await;
     let url = fleet.coordinator().await;
     let model = "SmolLM2-135M-Instruct";
     let first = fleet.worker(&["--threads", "1"]).await;
@@ -55,7 +56,7 @@ async fn a_model_goes_on_where_the_killed_worker_stopped() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_form_is_kept_by_the_successor_too() {
-    let mut fleet = Fleet::new(Services::configured()).await;
+    let mut fleet = Fleet::new(configured()).await;
     let url = fleet.coordinator().await;
     let model = "SmolLM2-135M-Instruct";
     let first = fleet.worker(&["--threads", "1"]).await;
@@ -105,7 +106,7 @@ async fn a_form_is_kept_by_the_successor_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_is_told_to_stop_hands_over() {
-    let mut fleet = Fleet::new(Services::configured()).await;
+    let mut fleet = Fleet::new(configured()).await;
     let url = fleet.coordinator().await;
     let first = fleet.worker(&["--engine", "echo", "--echo-delay-ms", "50"]).await;
     let prompt = "alpha beta gamma";
@@ -121,7 +122,7 @@ async fn a_worker_that_is_told_to_stop_hands_over() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_cancels_its_job() {
-    let mut fleet = Fleet::new(Services::configured()).await;
+    let mut fleet = Fleet::new(configured()).await;
     let url = fleet.coordinator().await;
     fleet.worker(SLOW).await;
     let mut stream = Streaming::chat(&url, "echo", "going away", 1000).await;
@@ -139,7 +140,7 @@ async fn a_client_that_leaves_cancels_its_job() {
 async fn no_job_is_lost_while_workers_are_killed_under_load() {
     const CLIENTS: usize = 16;
     const JOBS: usize = 12;
-    let mut fleet = Fleet::new(Services::configured()).await;
+    let mut fleet = Fleet::new(configured()).await;
     let urls = [fleet.coordinator().await, fleet.coordinator().await];
     let args = &["--engine", "echo", "--echo-delay-ms", "3"];
     let mut workers = Vec::new();
@@ -178,7 +179,7 @@ async fn no_job_is_lost_while_workers_are_killed_under_load() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_asynchronous_job_outlives_everybody() {
-    let mut fleet = Fleet::new(Services::configured()).await;
+    let mut fleet = Fleet::new(configured()).await;
     let url = fleet.coordinator().await;
     let worker = fleet.worker(SLOW).await;
     let body = json!({"model": "echo", "prompt": "come what may", "options": {"maxTokens": 100}});

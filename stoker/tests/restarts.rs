@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Fleet, Services, Streaming, echo, eventually};
+use common::services::configured;
+use common::{Fleet, Streaming, echo, eventually};
 use serde_json::json;
+use stoker_shared::config::Services;
 
 const PORTS: &str = "15690";
 const WORDS: &str = "nothing is lost and nothing comes twice";
@@ -40,8 +42,12 @@ impl Private {
             let at = exports.find(&format!("{name}=")).expect("the script says where") + name.len() + 1;
             exports[at..].split_whitespace().next().expect("a value").replace('\\', "")
         };
-        let services =
-            Services { amqp: get("AMQP_URL"), redis: get("REDIS_URL"), postgres: get("POSTGRES_URL") };
+        let services = Services {
+            amqp_url: get("AMQP_URL"),
+            redis_url: get("REDIS_URL"),
+            postgres_url: get("POSTGRES_URL"),
+            ..configured()
+        };
         (private, services)
     }
 }

@@ -1,8 +1,8 @@
 //! The worker's tasks, so that all of them can be ended at once.
 
 use std::future::Future;
-use std::time::Duration;
 
+pub(crate) use stoker_shared::backoff::Backoff;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -47,30 +47,5 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.send_modify(|n| *n -= 1);
-    }
-}
-
-/// Growing pauses between tries.
-pub(crate) struct Backoff {
-    next: Duration,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(50);
-    const LONGEST: Duration = Duration::from_secs(2);
-
-    pub fn new() -> Self {
-        Self { next: Self::FIRST }
-    }
-
-    /// Waits; the next time for twice as long.
-    pub async fn pause(&mut self) {
-        tokio::time::sleep(self.next).await;
-        self.next = (self.next * 2).min(Self::LONGEST);
-    }
-
-    /// It went well.
-    pub fn reset(&mut self) {
-        self.next = Self::FIRST;
     }
 }

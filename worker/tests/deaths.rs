@@ -13,35 +13,12 @@ use stoker_shared::outcome::{FinishReason, Outcome, Usage, code};
 use stoker_shared::ports::*;
 use uuid::Uuid;
 
-/// A claim on an order's job by somebody else.
-fn claim(order: &Order, expected: Option<u64>, epoch: u64, worker: &str, interruptions: u32) -> Claim {
-    Claim {
-        key: order.key(),
-        tenant: TENANT.into(),
-        job_id: order.id().into(),
-        body_hash: order.envelope.body_hash.clone(),
-        expected,
-        epoch,
-        worker: worker.into(),
-        interruptions,
-        expires_in_s: 600,
-    }
-}
-
 fn header(epoch: u64, worker: &str) -> LogHeader {
     LogHeader { epoch, worker: worker.into(), seed: 7, revision: "echo-1".into() }
 }
 
 fn opening(key: Uuid, epoch: u64, worker: &str) -> Opening {
     Opening { key, header: header(epoch, worker), ttl: PATIENCE }
-}
-
-/// Makes somebody look alive; until the receiver is dropped.
-async fn impersonate(fleet: &Fleet, worker: &str) -> tokio::sync::mpsc::Receiver<Control> {
-    let control = fleet.bus.control(worker).await.unwrap();
-    let presence = WorkerPresence { id: worker.into(), ..WorkerPresence::default() };
-    fleet.bus.announce_worker(&presence).await.unwrap();
-    control
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -54,8 +31,7 @@ async fn a_dead_workers_jobs_go_on_at_the_next_token() {
     ];
     let mut readers = Vec::new();
     for order in &orders {
-        readers.push(Reader::new(fleet.bus.clone(), order.channel()).await);
-        fleet.publish(order).await;
+        readers.push(fleet.ask(order).await);
     }
     for (order, reader) in orders.iter().zip(&mut readers) {
         reader.tokens(order.key(), 10).await;
@@ -82,8 +58,7 @@ async fn a_worker_whose_connection_was_cut_adopts_its_own_jobs() {
     let fleet = Fleet::new().await;
     let (worker, wire) = fleet.worker_on_a_wire(5).await;
     let order = Order::once("one two three", 60);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     reader.tokens(order.key(), 5).await;
     wire.cut(true);
     let (text, last) = reader.end(order.key()).await;
@@ -100,8 +75,7 @@ async fn a_job_is_held_while_its_owner_lives() {
     let orders = [Order::once("one two three", 100), Order::front_door("held", "eins zwei", 100)];
     let mut readers = Vec::new();
     for order in &orders {
-        readers.push(Reader::new(fleet.bus.clone(), order.channel()).await);
-        fleet.publish(order).await;
+        readers.push(fleet.ask(order).await);
     }
     for (order, reader) in orders.iter().zip(&mut readers) {
         reader.tokens(order.key(), 3).await;
@@ -127,13 +101,12 @@ async fn a_superseded_writer_stops_without_a_word() {
     let fleet = Fleet::new().await;
     let worker = fleet.worker(5).await;
     let order = Order::once("one two three", 100_000);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     reader.tokens(order.key(), 5).await;
 
     // Somebody who took it for dead.
-    let control = impersonate(&fleet, "w-other").await;
-    let won = fleet.ledger.claim(&claim(&order, None, 2, "w-other", 1)).await.unwrap();
+    let control = fleet.impersonate("w-other").await;
+    let won = fleet.ledger.claim(&order.claim(None, 2, "w-other", 1)).await.unwrap();
     assert_eq!(won, Claimed::Won);
     let opened = fleet.bus.open(&[opening(order.key(), 2, "w-other")]).await.unwrap();
     let Opened::Started { frames, .. } = &opened[0] else { panic!("{opened:?}") };
@@ -167,8 +140,8 @@ async fn a_worker_that_ends_a_job_too_late_drops_it() {
     fleet.publish(&order).await;
     reader.end(order.key()).await;
     // Somebody takes over and commits what the log says, between this one's last frame and its commit.
-    let _control = impersonate(&fleet, "w-other").await;
-    fleet.ledger.inner.claim(&claim(&order, None, 2, "w-other", 1)).await.unwrap();
+    let _control = fleet.impersonate("w-other").await;
+    fleet.ledger.inner.claim(&order.claim(None, 2, "w-other", 1)).await.unwrap();
     fleet.ledger.down.store(false, SeqCst);
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(fleet.row(order.key()).await.unwrap().state, JobState::Running);
@@ -198,8 +171,7 @@ async fn at_three_deaths_a_job_is_given_up() {
     let mut responses = fleet.consume(Source::Responses).await;
     let mut errors = fleet.consume(Source::Errors).await;
     let order = Order::front_door("poison", "one two three", 100_000);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     for death in 1..=3 {
         let worker = fleet.worker(5).await;
         let had = reader.now(order.key()).tokens;
@@ -236,7 +208,7 @@ async fn suspects_run_one_at_a_time_and_those_that_wait_are_innocent() {
     });
     for order in &orders {
         // Its second attempt has just died.
-        fleet.ledger.claim(&claim(order, None, 2, "w-dead", 1)).await.unwrap();
+        fleet.ledger.claim(&order.claim(None, 2, "w-dead", 1)).await.unwrap();
         fleet.publish(order).await;
     }
     let worker = fleet.worker(5).await;
@@ -315,8 +287,7 @@ async fn what_is_not_done_when_a_worker_drains_is_handed_over() {
     orders.push(stopping);
     let mut readers = Vec::new();
     for order in &orders {
-        readers.push(Reader::new(fleet.bus.clone(), order.channel()).await);
-        fleet.publish(order).await;
+        readers.push(fleet.ask(order).await);
     }
     for (order, reader) in orders.iter().zip(&mut readers) {
         reader.tokens(order.key(), 10).await;
@@ -344,8 +315,7 @@ async fn a_draining_worker_finishes_what_it_can_and_takes_no_more() {
     let fleet = Fleet::new().await;
     let worker = fleet.worker(5).await;
     let order = Order::once("one two three", 60);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     reader.tokens(order.key(), 3).await;
     let draining = tokio::spawn(worker.drain());
     let told = async || fleet.bus.workers().await.unwrap().iter().any(|w| w.draining);
@@ -366,8 +336,7 @@ async fn an_outcome_survives_the_worker_that_did_not_publish_it() {
     let mut responses = fleet.consume(Source::Responses).await;
     let (worker, wire) = fleet.worker_on_a_wire(3).await;
     let order = Order::front_door("f", "one two three", 20);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     reader.tokens(order.key(), 2).await;
     wire.cut(false);
     let (bytes, _) = fleet.outcome(order.key()).await;

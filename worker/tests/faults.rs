@@ -16,8 +16,7 @@ async fn a_bus_that_lost_its_logs_gets_them_again() {
     let fleet = Fleet::new().await;
     let worker = fleet.worker(5).await;
     let order = Order::once("one two three four", 60);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     reader.tokens(order.key(), 10).await;
     fleet.bus.expire_logs(&[order.key()], Duration::ZERO).await.unwrap();
     let (text, _) = reader.end(order.key()).await;
@@ -102,8 +101,7 @@ async fn running_streams_go_on_while_the_ledger_is_away() {
     let fleet = Fleet::new().await;
     let worker = fleet.worker(5).await;
     let order = Order::once("one two three", 60);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     reader.tokens(order.key(), 3).await;
     fleet.ledger.down.store(true, SeqCst);
     assert_eq!(reader.end(order.key()).await.0, order.text());
@@ -117,8 +115,7 @@ async fn a_takeover_after_the_bus_forgot_everything_begins_again_and_says_the_sa
     let fleet = Fleet::new().await;
     let first = fleet.worker(5).await;
     let order = Order::once("one two three four", 60);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     reader.tokens(order.key(), 10).await;
     first.abort().await;
     fleet.bus.expire_logs(&[order.key()], Duration::ZERO).await.unwrap();
@@ -134,25 +131,11 @@ async fn an_overtaken_attempt_stays_silent_although_the_bus_forgot_who_overtook_
     let fleet = Fleet::new().await;
     let worker = fleet.worker(5).await;
     let order = Order::once("one two three", 100_000);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
     reader.tokens(order.key(), 5).await;
     // Another worker that lives claims it; before this one hears of it, the log is gone.
-    let _control = fleet.bus.control("w-other").await.unwrap();
-    let presence = WorkerPresence { id: "w-other".into(), ..WorkerPresence::default() };
-    fleet.bus.announce_worker(&presence).await.unwrap();
-    let claim = Claim {
-        key: order.key(),
-        tenant: TENANT.into(),
-        job_id: order.id().into(),
-        body_hash: String::new(),
-        expected: None,
-        epoch: 2,
-        worker: "w-other".into(),
-        interruptions: 1,
-        expires_in_s: 600,
-    };
-    assert_eq!(fleet.ledger.claim(&claim).await.unwrap(), Claimed::Won);
+    let _control = fleet.impersonate("w-other").await;
+    assert_eq!(fleet.ledger.claim(&order.claim(None, 2, "w-other", 1)).await.unwrap(), Claimed::Won);
     fleet.bus.expire_logs(&[order.key()], Duration::ZERO).await.unwrap();
     let stopped = async || fleet.bus.workers().await.unwrap().iter().all(|w| w.active == 0);
     eventually("the engine is told to stop", stopped).await;

@@ -18,8 +18,7 @@ async fn a_job_is_streamed_billed_and_acknowledged() {
     let fleet = Fleet::new().await;
     let worker = fleet.worker(0).await;
     let order = Order::once("one two three", 32);
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
 
     let (text, last) = reader.end(order.key()).await;
     assert_eq!(text, order.text());
@@ -54,8 +53,7 @@ async fn the_front_door_gets_its_outcome_on_both_ways() {
     order.reply_to = Some("answers".into());
     order.envelope.cache_key = Some("ck".into());
     order.envelope.revision = Some("echo-1".into());
-    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-    fleet.publish(&order).await;
+    let mut reader = fleet.ask(&order).await;
 
     let (text, last) = reader.end(order.key()).await;
     assert_eq!(text, order.text());
@@ -209,8 +207,7 @@ async fn cancelled_before_it_starts_and_while_it_runs() {
     assert_eq!(last.finish_reason, Some(FinishReason::Cancelled));
 
     let during = Order::once("a b", 1_000_000);
-    let mut reader = Reader::new(fleet.bus.clone(), during.channel()).await;
-    fleet.publish(&during).await;
+    let mut reader = fleet.ask(&during).await;
     reader.tokens(during.key(), 5).await;
     fleet.bus.cancel(during.key(), PATIENCE).await.unwrap();
     let (text, last) = reader.end(during.key()).await;
@@ -234,8 +231,7 @@ async fn a_deadline_ends_a_job_at_intake_and_while_it_runs() {
         let mut order = Order::once("a b", 1_000_000);
         let deadline = OffsetDateTime::now_utc() + time::Duration::milliseconds(ms);
         order.job.deadline = Some(deadline.format(&Rfc3339).unwrap());
-        let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
-        fleet.publish(&order).await;
+        let mut reader = fleet.ask(&order).await;
         let (text, last) = reader.end(order.key()).await;
         assert!(order.text().starts_with(&text));
         assert_eq!(last.finish_reason, Some(FinishReason::Deadline));

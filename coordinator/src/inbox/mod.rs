@@ -26,7 +26,7 @@ pub use feed::{End, Feed, Heard, deadline_passed};
 pub use reader::Reader;
 use table::Table;
 
-use crate::backoff::Backoff;
+use crate::BACKOFF;
 
 /// How often the clock looks at all feeds.
 const TICK: Duration = Duration::from_millis(250);
@@ -125,7 +125,7 @@ impl Inbox {
     fn pump(self: &Arc<Self>, channel: String, feed: Arc<Feed>) -> AbortHandle {
         let inbox = self.clone();
         let task = tokio::spawn(async move {
-            let mut backoff = Backoff::new();
+            let mut backoff = BACKOFF;
             while !feed.ended() {
                 match inbox.ports.bus.subscribe(&channel).await {
                     Ok(mut notices) => {
@@ -138,7 +138,7 @@ impl Inbox {
                     }
                     Err(e) => tracing::debug!(job = %feed.key, "can't subscribe to {channel} yet: {e}"),
                 }
-                backoff.wait().await;
+                backoff.pause().await;
             }
         });
         task.abort_handle()
@@ -155,13 +155,13 @@ impl Inbox {
         let bus = self.ports.bus.clone();
         let ttl = deadline.saturating_duration_since(Instant::now()) + CANCEL_GRACE;
         tokio::spawn(async move {
-            let mut backoff = Backoff::new();
+            let mut backoff = BACKOFF;
             for _ in 0..5 {
                 match bus.cancel(key, ttl).await {
                     Ok(()) => return,
                     Err(e) => tracing::warn!(job = %key, "can't cancel yet: {e}"),
                 }
-                backoff.wait().await;
+                backoff.pause().await;
             }
         });
     }
@@ -228,7 +228,7 @@ impl InboxTasks {
 
 /// Receives from the coordinator's own channel. The adapter outlives reconnections; the loop is for its beginnings.
 async fn receive(inbox: Arc<Inbox>) {
-    let mut backoff = Backoff::new();
+    let mut backoff = BACKOFF;
     loop {
         match inbox.ports.bus.subscribe(&inbox.channel).await {
             Ok(mut notices) => {
@@ -243,7 +243,7 @@ async fn receive(inbox: Arc<Inbox>) {
             }
             Err(e) => tracing::warn!("can't subscribe to {} yet: {e}", inbox.channel),
         }
-        backoff.wait().await;
+        backoff.pause().await;
     }
 }
 

@@ -1,62 +1,46 @@
 //! The real services, under names that no other test uses; they go away with the test.
 
-use std::env::var;
-
 use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
 use lapin::{Connection, ConnectionProperties};
 use stoker_shared::config::Services;
 use stoker_shared::job::{Lane, encode_model};
 use stoker_shared::ports::Ports;
-use tokio_postgres::{Client, NoTls};
-use uuid::Uuid;
 
 use crate::fleet::MODELS;
+use crate::services::{Database, configured};
 
 /// What one test has to itself: a prefix on RabbitMQ and Redis, a database on Postgres.
 pub struct Ground {
     services: Services,
-    database: String,
+    _database: Database,
 }
 
 impl Ground {
     /// Names of its own, and the ports on them.
     pub async fn open() -> (Self, Ports) {
-        let defaults = Services::default();
-        let database = format!("stoker_test_{}", Uuid::new_v4().simple());
-        client(&server())
-            .await
-            .batch_execute(&format!("CREATE DATABASE {database} TEMPLATE template0"))
-            .await
-            .unwrap();
-        let services = Services {
-            amqp_url: var("AMQP_URL").unwrap_or(defaults.amqp_url),
-            redis_url: var("REDIS_URL").unwrap_or(defaults.redis_url),
-            postgres_url: of(&server(), &database),
-            prefix: format!("t{}.", Uuid::new_v4().simple()),
-        };
+        let mut services = configured();
+        let database = Database::create_on(&services.postgres_url).await;
+        services.postgres_url.clone_from(&database.url);
         let ports = stoker_shared::connect(&services).await.unwrap();
-        (Self { services, database }, ports)
+        (Self { services, _database: database }, ports)
     }
 }
 
 impl Drop for Ground {
     fn drop(&mut self) {
         // Dropping is not async, and the test's runtime may be ending: a thread with a runtime of its own.
-        let (services, database) = (self.services.clone(), self.database.clone());
+        let services = self.services.clone();
         let cleaned = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(clean_up(&services, &database));
+            runtime.block_on(clean_up(&services));
         });
         if cleaned.join().is_err() {
-            eprintln!("{} and {} stay behind", self.services.prefix, self.database);
+            eprintln!("{} stays behind", self.services.prefix);
         }
     }
 }
 
-async fn clean_up(services: &Services, database: &str) {
-    let sql = format!("DROP DATABASE IF EXISTS {database} WITH (FORCE)");
-    client(&server()).await.batch_execute(&sql).await.unwrap();
-
+async fn clean_up(services: &Services) {
     let connection = Connection::connect(&services.amqp_url, ConnectionProperties::default()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
     let fixed = ["requests", "responses", "metrics", "errors", "dead"].map(|name| format!("llm.{name}"));
@@ -85,21 +69,4 @@ async fn clean_up(services: &Services, database: &str) {
             return;
         }
     }
-}
-
-fn server() -> String {
-    var("POSTGRES_URL").unwrap_or_else(|_| Services::default().postgres_url)
-}
-
-/// The same server, another database.
-fn of(url: &str, database: &str) -> String {
-    let (scheme, rest) = url.split_once("://").expect("a URL");
-    let authority = rest.split(['/', '?']).next().unwrap();
-    format!("{scheme}://{authority}/{database}")
-}
-
-async fn client(url: &str) -> Client {
-    let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("Postgres must be there");
-    tokio::spawn(connection);
-    client
 }

@@ -5,6 +5,8 @@ mod faults;
 #[path = "../coordinator/fleet.rs"]
 mod fleet;
 mod ground;
+#[path = "../../../shared/tests/common/services.rs"]
+mod services;
 #[path = "../coordinator/worker.rs"]
 mod worker;
 

@@ -140,6 +140,10 @@ pub struct Coordinator {
     pub store_prompts: bool,
     /// How long `llm_jobs` rows of ended jobs are kept, seconds: so long can a redelivery be recognised.
     pub job_retention_s: u64,
+    /// How long rows of `llm_requests` are kept, whoever wrote them, seconds; 0: for ever, because they are the bills.
+    pub request_retention_s: u64,
+    /// How long rows of `dead_letters` are kept, seconds; 0: for ever.
+    pub dead_letter_retention_s: u64,
     /// Deadline of an interactive job that names none, seconds from acceptance.
     pub interactive_deadline_s: u64,
     /// The same for the batch lane.
@@ -156,6 +160,8 @@ impl Default for Coordinator {
             default_tenant: "default".into(),
             store_prompts: true,
             job_retention_s: 7 * 86_400,
+            request_retention_s: 0,
+            dead_letter_retention_s: 90 * 86_400,
             interactive_deadline_s: 600,
             batch_deadline_s: 86_400,
         }

@@ -1,11 +1,14 @@
 //! The ledger: says what is final. One outcome and one bill per job, however often it is delivered.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::PortResult;
+use crate::backoff::Backoff;
 use crate::outcome::code;
 
 /// Where a job stands.
@@ -275,6 +278,15 @@ pub struct UsageSummary {
     pub models_used: Vec<String>,
 }
 
+/// How long rows are kept that carry no expiry of their own, seconds; 0: for ever.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// Rows of `llm_requests`, whoever wrote them.
+    pub requests_s: u64,
+    /// Rows of `dead_letters`.
+    pub dead_letters_s: u64,
+}
+
 /// Says what is final.
 #[async_trait]
 pub trait Ledger: Send + Sync + 'static {
@@ -317,8 +329,18 @@ pub trait Ledger: Send + Sync + 'static {
     async fn usage(&self, tenant: &str, user_id: Option<&str>, seconds: u64) -> PortResult<UsageSummary>;
 
     /// Deletes what has expired, in bounded batches; how many rows.
-    async fn purge(&self) -> PortResult<u64>;
+    async fn purge(&self, retention: Retention) -> PortResult<u64>;
 
     /// Whether the service answers now.
     async fn ready(&self) -> PortResult<()>;
+}
+
+/// Brings the schema up to date, as soon as that can be done: a process may be there before its database. Every
+/// coordinator and worker does it when it starts, so that none depends on another to have been first.
+pub async fn bring_up_schema(ledger: &dyn Ledger) {
+    let mut backoff = Backoff::new().longest(Duration::from_secs(5));
+    while let Err(e) = ledger.migrate().await {
+        tracing::warn!("can't bring the schema up to date yet: {e}");
+        backoff.pause().await;
+    }
 }

@@ -13,13 +13,13 @@ mod values;
 
 use async_trait::async_trait;
 use tokio_postgres::Config;
-use tokio_postgres::types::Json;
+use tokio_postgres::types::{Json, ToSql};
 use uuid::Uuid;
 
 use crate::config::Services;
 use crate::ports::{
     Accepted, CacheRow, Claim, Claimed, Committed, DeadLetter, Ending, JobRow, Ledger, NewJob, PortResult,
-    Unpublished, UsageSummary,
+    Retention, Unpublished, UsageSummary,
 };
 use connection::{BATCH_LIMIT, Connections, configuration, unavailable};
 use values::{count, epoch, ms, seconds, text};
@@ -45,10 +45,14 @@ impl PostgresLedger {
         Ok(Self { connections: Connections::new(config.clone())?, config })
     }
 
-    async fn purge_table(&self, sql: &str) -> PortResult<u64> {
+    /// `sql` deletes at most `$1` rows, and gives their number.
+    async fn purge_table(&self, sql: &str, more: &[&(dyn ToSql + Sync)]) -> PortResult<u64> {
+        let limit = PURGE_ROWS as i64;
+        let mut params: Vec<&(dyn ToSql + Sync)> = vec![&limit];
+        params.extend(more);
         let mut total = 0;
         for _ in 0..PURGE_ROUNDS {
-            let rows = self.connections.query_within(BATCH_LIMIT, sql, &[&(PURGE_ROWS as i64)]).await?;
+            let rows = self.connections.query_within(BATCH_LIMIT, sql, &params).await?;
             let deleted = rows.first().map_or(0, |row| row.get::<_, i64>(0).unsigned_abs());
             total += deleted;
             if deleted < PURGE_ROWS {
@@ -264,24 +268,49 @@ impl Ledger for PostgresLedger {
         rows.first().map_or(Ok(UsageSummary::default()), rows::usage)
     }
 
-    async fn purge(&self) -> PortResult<u64> {
-        let jobs = self
+    async fn purge(&self, retention: Retention) -> PortResult<u64> {
+        let mut total = self
             .purge_table(
                 "WITH gone AS (DELETE FROM llm_jobs WHERE job_key IN (SELECT job_key FROM llm_jobs
                     WHERE state = 'done' AND expires_at <= now() ORDER BY expires_at LIMIT $1
                     FOR UPDATE SKIP LOCKED) RETURNING 1)
                  SELECT count(*) FROM gone",
+                &[],
             )
             .await?;
-        let answers = self
+        total += self
             .purge_table(
                 "WITH gone AS (DELETE FROM llm_cache WHERE id IN (SELECT id FROM llm_cache
                     WHERE expires_at <= now() ORDER BY expires_at LIMIT $1
                     FOR UPDATE SKIP LOCKED) RETURNING 1)
                  SELECT count(*) FROM gone",
+                &[],
             )
             .await?;
-        Ok(jobs + answers)
+        if retention.dead_letters_s > 0 {
+            // Ids rise with time, so the oldest are found without an index of times.
+            total += self
+                .purge_table(
+                    "WITH gone AS (DELETE FROM dead_letters WHERE id IN (SELECT id FROM
+                        (SELECT id, created_at FROM dead_letters ORDER BY id LIMIT $1) oldest
+                        WHERE created_at <= now() - make_interval(secs => $2)) RETURNING 1)
+                     SELECT count(*) FROM gone",
+                    &[&seconds(retention.dead_letters_s)],
+                )
+                .await?;
+        }
+        if retention.requests_s > 0 {
+            total += self
+                .purge_table(
+                    "WITH gone AS (DELETE FROM llm_requests WHERE id IN (SELECT id FROM llm_requests
+                        WHERE created_at <= now() - make_interval(secs => $2) LIMIT $1
+                        FOR UPDATE SKIP LOCKED) RETURNING 1)
+                     SELECT count(*) FROM gone",
+                    &[&seconds(retention.requests_s)],
+                )
+                .await?;
+        }
+        Ok(total)
     }
 
     async fn ready(&self) -> PortResult<()> {

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::control::Control;
-use super::link::{Backoff, Link};
+use super::link::{BACKOFF, Link};
 use super::message::from_delivery;
 use super::topology::{self, Names};
 use super::{port_error, unavailable};
@@ -66,7 +66,7 @@ impl Subscription {
 
     async fn run(self, stands: oneshot::Sender<PortResult<()>>) {
         let mut stands = Some(stands);
-        let mut backoff = Backoff::default();
+        let mut backoff = BACKOFF;
         loop {
             let subscribed = tokio::select! {
                 biased;
@@ -79,7 +79,7 @@ impl Subscription {
                     if let Some(stands) = stands.take() {
                         let _ = stands.send(Ok(()));
                     }
-                    backoff = Backoff::default();
+                    backoff.reset();
                     match self.forward(&mut consumer).await {
                         End::Gone => return close(&channel, self.limit).await,
                         End::Stopped => return self.finish(channel, consumer).await,
@@ -98,7 +98,7 @@ impl Subscription {
             tokio::select! {
                 () = self.gone.cancelled() => return,
                 () = self.stop.cancelled() => break,
-                () = tokio::time::sleep(backoff.next()) => {}
+                () = backoff.pause() => {}
             }
         }
     }

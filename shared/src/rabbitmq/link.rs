@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{refused, unavailable};
+use crate::backoff::Backoff;
 use crate::ports::{PortError, PortResult};
 
 /// A peer that is silent for twice as long is dead, seconds.
@@ -24,6 +25,11 @@ const HEARTBEAT: u16 = 5;
 
 /// How long opening a connection may take before the next host is tried.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Pauses between attempts to connect or to subscribe. A broker is slow to come back when all of a fleet's connections
+/// arrive at once, so chance spreads them widely.
+pub const BACKOFF: Backoff =
+    Backoff::new().first(Duration::from_millis(100)).longest(Duration::from_secs(5)).jitter(0.8);
 
 /// Reads the configured URLs, separated by commas.
 ///
@@ -121,14 +127,14 @@ async fn run<T>(
     on_open: impl Fn(Arc<Connection>) -> BoxFuture<'static, PortResult<T>>,
     state: watch::Sender<State<T>>,
 ) {
-    let mut backoff = Backoff::default();
+    let mut backoff = BACKOFF;
     let mut last_reason = String::new();
     let mut number = 0;
     for host in (0..hosts.len()).cycle() {
         match open(&hosts[host], purpose, &on_open).await {
             Ok((connection, extra)) => {
                 number += 1;
-                backoff = Backoff::default();
+                backoff.reset();
                 last_reason.clear();
                 tracing::info!(purpose, host = %hosts[host].authority.host, "connected to RabbitMQ");
                 let live = Live { number, host, connection: connection.clone(), extra };
@@ -151,7 +157,7 @@ async fn run<T>(
         }
         // All hosts are tried before there is a pause, unless there is only one.
         if host + 1 == hosts.len() {
-            tokio::time::sleep(backoff.next()).await;
+            backoff.pause().await;
         }
     }
 }
@@ -234,28 +240,6 @@ async fn broken(connection: &Connection) -> String {
     reason
 }
 
-/// Growing pauses, each a random one of its range, so that a fleet does not come back all at once.
-pub struct Backoff {
-    ceiling: Duration,
-}
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Self { ceiling: Duration::from_millis(100) }
-    }
-}
-
-impl Backoff {
-    const LONGEST: Duration = Duration::from_secs(5);
-
-    /// The next pause.
-    pub fn next(&mut self) -> Duration {
-        let pause = self.ceiling.mul_f64(rand::random_range(0.2..1.0));
-        self.ceiling = (self.ceiling * 2).min(Self::LONGEST);
-        pause
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -274,14 +258,5 @@ mod tests {
         assert_eq!(read[2], ("c", 5672, "/", Some(HEARTBEAT)));
         assert!(matches!(parse("http://a"), Err(PortError::Refused { .. })));
         assert!(matches!(parse(""), Err(PortError::Refused { .. })));
-    }
-
-    #[test]
-    fn pauses_grow_to_a_limit() {
-        let mut backoff = Backoff::default();
-        for _ in 0..20 {
-            assert!(backoff.next() <= Backoff::LONGEST);
-        }
-        assert!(backoff.next() >= Backoff::LONGEST / 5);
     }
 }

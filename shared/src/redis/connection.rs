@@ -15,11 +15,12 @@ use redis::{
     PushInfo, PushKind, RedisError, RedisResult,
 };
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
 use super::error;
 use super::script::Call;
+use crate::backoff::Backoff;
 use crate::ports::PortResult;
 
 /// How long connecting, or a command, may take.
@@ -28,8 +29,8 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(2);
 /// Commands wait so long after a connection was lost for it to come back; later they fail at once.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Pauses between attempts to connect: the first, and the longest.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Pauses between attempts to connect: an outage that is over is noticed within a second.
+const BACKOFF: Backoff = Backoff::new().longest(Duration::from_secs(1));
 
 /// Makes connections.
 #[derive(Clone)]
@@ -64,7 +65,7 @@ impl Connector {
             pushed(info);
             Ok::<(), SendError>(())
         });
-        let mut pause = BACKOFF.0;
+        let mut backoff = BACKOFF;
         let mut warned = false;
         loop {
             match self.client.get_multiplexed_async_connection_with_config(&config).await {
@@ -81,9 +82,7 @@ impl Connector {
                     warned = true;
                 }
             }
-            // The processes of a fleet lose their connections together; they should not come back together.
-            sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-            pause = (2 * pause).min(BACKOFF.1);
+            backoff.pause().await;
         }
     }
 }

@@ -16,6 +16,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
+use crate::services::configured;
+
 /// How long anything may take that is bound to happen.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -33,7 +35,7 @@ impl Fixture {
     }
 
     pub async fn redis() -> Self {
-        let services = services();
+        let services = configured();
         let bus = Arc::new(RedisBus::connect(&services).await.unwrap());
         let other = Arc::new(RedisBus::connect(&services).await.unwrap());
         Self { bus, other, services: Some(services) }
@@ -50,15 +52,6 @@ impl Fixture {
             std::panic::resume_unwind(panic);
         }
     }
-}
-
-/// The configured Redis, under a prefix that nobody else uses.
-pub fn services() -> Services {
-    let mut services = Services { prefix: format!("t{}.", Uuid::new_v4().simple()), ..Services::default() };
-    if let Ok(url) = std::env::var("REDIS_URL") {
-        services.redis_url = url;
-    }
-    services
 }
 
 /// A plain connection of the test's own.

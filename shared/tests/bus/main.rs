@@ -9,6 +9,8 @@ mod private;
 mod proxy;
 mod redis_faults;
 mod redis_shapes;
+#[path = "../common/services.rs"]
+mod services;
 mod subscriptions;
 
 use fixture::Fixture;

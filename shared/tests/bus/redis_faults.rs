@@ -9,9 +9,10 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use crate::fixture::{Job, PATIENCE, delete_names, eventually, next, next_frames, open, services};
+use crate::fixture::{Job, PATIENCE, delete_names, eventually, next, next_frames, open};
 use crate::private::PrivateRedis;
 use crate::proxy::{Mode, Proxy};
+use crate::services::configured;
 
 /// A bus behind a proxy, and one that goes straight to the shared Redis.
 struct Behind {
@@ -23,7 +24,7 @@ struct Behind {
 
 impl Behind {
     async fn start(mode: Mode) -> Self {
-        let services = services();
+        let services = configured();
         let target = services.redis_url.rsplit(['/', '@']).next().unwrap().to_owned();
         let proxy = Proxy::start(target.clone(), mode).await;
         let url = services.redis_url.replace(&target, &format!("127.0.0.1:{}", proxy.port()));

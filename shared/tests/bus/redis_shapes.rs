@@ -8,11 +8,12 @@ use stoker_shared::ports::{Bus, WorkerPresence};
 use stoker_shared::redis::RedisBus;
 use tokio::time::timeout;
 
-use crate::fixture::{Job, PATIENCE, delete_names, next_frames, open, plain_connection, services};
+use crate::fixture::{Job, PATIENCE, delete_names, next_frames, open, plain_connection};
+use crate::services::configured;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plain_subscriber_reads_arrays_of_frames() {
-    let services = services();
+    let services = configured();
     let bus = RedisBus::connect(&services).await.unwrap();
     let client = redis::Client::open(services.redis_url.as_str()).unwrap();
     let mut plain = client.get_async_pubsub().await.unwrap();
@@ -32,7 +33,7 @@ async fn a_plain_subscriber_reads_arrays_of_frames() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_have_the_agreed_names_and_lives() {
-    let services = services();
+    let services = configured();
     let bus = RedisBus::connect(&services).await.unwrap();
     let job = Job::new();
     open(&bus, &job, 1).await;
@@ -63,7 +64,7 @@ async fn expires_at(plain: &mut redis::aio::MultiplexedConnection, key: &str) ->
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_others_publish_can_do_no_harm() {
-    let services = services();
+    let services = configured();
     let bus = RedisBus::connect(&services).await.unwrap();
     let mut heard = bus.subscribe("llm.tokens.mine").await.unwrap();
     let mut control = bus.control("w-1").await.unwrap();

@@ -1,33 +1,21 @@
-//! A Postgres database for one test.
+//! The ledger on a Postgres database for one test.
 
 use stoker_shared::config::Services;
 use stoker_shared::postgres::PostgresLedger;
-use tokio_postgres::{Client, NoTls};
-use uuid::Uuid;
+use tokio_postgres::Client;
 
 use crate::proxy::{Mode, Proxy};
+use crate::services::configured;
 
-/// A database that goes away with the test.
-pub struct Database {
-    pub name: String,
-    pub url: String,
-}
+pub use crate::services::Database;
 
 impl Database {
     pub async fn create() -> Self {
-        let name = format!("stoker_test_{}", Uuid::new_v4().simple());
-        let server = server_url();
-        let admin = client(&server).await;
-        admin.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE template0")).await.unwrap();
-        Self { url: with_path(&server, &name), name }
+        Self::create_on(&configured().postgres_url).await
     }
 
     pub async fn ledger(&self) -> PostgresLedger {
         connect(&self.url).await
-    }
-
-    pub async fn client(&self) -> Client {
-        client(&self.url).await
     }
 
     /// The database through a proxy.
@@ -45,37 +33,6 @@ impl Database {
         let ledger = connect(&url).await;
         (proxy, ledger)
     }
-}
-
-impl Drop for Database {
-    fn drop(&mut self) {
-        // Dropping is not async, and the test's runtime may be ending: a thread with a runtime of its own.
-        let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
-        let dropped = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { client(&server_url()).await.batch_execute(&sql).await })
-        });
-        if let Err(e) = dropped.join().unwrap() {
-            eprintln!("{} stays behind: {e}", self.name);
-        }
-    }
-}
-
-fn server_url() -> String {
-    std::env::var("POSTGRES_URL").unwrap_or_else(|_| Services::default().postgres_url)
-}
-
-/// The same server, another database.
-fn with_path(url: &str, database: &str) -> String {
-    let (scheme, rest) = url.split_once("://").expect("a URL");
-    let authority = rest.split(['/', '?']).next().unwrap();
-    format!("{scheme}://{authority}/{database}")
-}
-
-async fn client(url: &str) -> Client {
-    let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("Postgres must be there");
-    tokio::spawn(connection);
-    client
 }
 
 pub async fn connect(url: &str) -> PostgresLedger {

@@ -1,6 +1,6 @@
 //! The integration guide's PostgreSQLIntegration class beside ours: its statements, whoever came first.
 
-use stoker_shared::ports::{CacheRow, Committed, Ledger};
+use stoker_shared::ports::{CacheRow, Committed, Ledger, Retention};
 use stoker_shared::postgres::PostgresLedger;
 use tokio_postgres::Client;
 use uuid::Uuid;
@@ -165,5 +165,5 @@ async fn the_guides_class_works(guide: &Client, ledger: &PostgresLedger) {
     assert_eq!(number(guide, "SELECT hit_count::int8 FROM llm_cache WHERE cache_key = 'their-key'").await, 2);
     // Bills of other programs belong to no tenant of ours.
     assert_eq!(ledger.usage("acme", Some("ann"), 3600).await.unwrap().request_count, 1);
-    assert_eq!(ledger.purge().await.unwrap(), 1);
+    assert_eq!(ledger.purge(Retention::default()).await.unwrap(), 1);
 }

@@ -8,6 +8,8 @@ mod postgres;
 #[path = "../common/proxy.rs"]
 mod proxy;
 mod samples;
+#[path = "../common/services.rs"]
+mod services;
 mod suite;
 
 /// Makes a test of every function of the suite, each on a ledger of its own: `$open` gives one, with what must outlive
@@ -32,6 +34,7 @@ macro_rules! suite_tests {
             hostile_values_are_accepted_and_claimed,
             a_cached_answer_is_found_until_it_expires,
             ended_jobs_are_purged_when_they_expire,
+            bills_and_dead_letters_are_kept_as_long_as_is_asked,
             dead_letters_come_newest_first,
             usage_counts_a_tenants_period,
             it_is_ready_and_migrating_again_changes_nothing,

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use stoker_shared::ports::{Accepted, CacheRow, Claimed, Committed, DeadLetter, Ending, JobState, Ledger};
+use stoker_shared::ports::{
+    Accepted, CacheRow, Claimed, Committed, DeadLetter, Ending, JobState, Ledger, Retention,
+};
 use uuid::Uuid;
 
 use crate::samples::{DAY_S, new_answer, new_claim, new_ending, new_job};
@@ -299,8 +301,8 @@ pub async fn a_cached_answer_is_found_until_it_expires(ledger: Shared) {
     assert!((3000..=3600).contains(&left), "{left}");
     assert_eq!(ledger.cached("unknown").await.unwrap(), None);
     eventually(async || ledger.cached("brief").await.unwrap().is_none()).await;
-    assert_eq!(ledger.purge().await.unwrap(), 1);
-    assert_eq!(ledger.purge().await.unwrap(), 0);
+    assert_eq!(ledger.purge(Retention::default()).await.unwrap(), 1);
+    assert_eq!(ledger.purge(Retention::default()).await.unwrap(), 0);
 
     let mut again = new_ending(Uuid::now_v7(), 1);
     again.cache = Some(new_answer("forever", "Hello again"));
@@ -320,7 +322,7 @@ pub async fn ended_jobs_are_purged_when_they_expire(ledger: Shared) {
     });
     ledger.commit(batch.collect()).await.unwrap();
     commit_one(&ledger, new_ending(kept, 1)).await;
-    assert_eq!(ledger.purge().await.unwrap(), 50);
+    assert_eq!(ledger.purge(Retention::default()).await.unwrap(), 50);
     assert_eq!(ledger.find(ended).await.unwrap(), None);
     assert!(ledger.find(waiting).await.unwrap().is_some(), "it is not done: it is still owed");
     assert!(ledger.find(kept).await.unwrap().is_some());
@@ -329,8 +331,31 @@ pub async fn ended_jobs_are_purged_when_they_expire(ledger: Shared) {
     assert_eq!(request_count(&ledger).await, 51);
 }
 
-pub async fn dead_letters_come_newest_first(ledger: Shared) {
-    let letter = |n: u32| DeadLetter {
+pub async fn bills_and_dead_letters_are_kept_as_long_as_is_asked(ledger: Shared) {
+    ledger.bury(&new_letter(0)).await.unwrap();
+    ledger.bury(&new_letter(1)).await.unwrap();
+    let old = new_ending(Uuid::now_v7(), 1);
+    commit_one(&ledger, old.clone()).await;
+    // The last of them is a second old now, by the database's clock.
+    eventually(async || ledger.usage("acme", None, 1).await.unwrap().request_count == 0).await;
+    let purge = async |requests_s, dead_letters_s| {
+        ledger.purge(Retention { requests_s, dead_letters_s }).await.unwrap()
+    };
+    assert_eq!(purge(0, 0).await, 0, "0 is for ever");
+    assert_eq!(purge(3600, 3600).await, 0);
+    assert_eq!(purge(u64::MAX, u64::MAX).await, 0);
+
+    assert_eq!(purge(0, 1).await, 2);
+    assert_eq!(ledger.dead_letters(10).await.unwrap(), []);
+    assert_eq!(request_count(&ledger).await, 1);
+    assert_eq!(purge(1, 3600).await, 1);
+    assert_eq!(request_count(&ledger).await, 0);
+    // The job itself has an expiry of its own.
+    assert_eq!(commit_one(&ledger, old.clone()).await, Committed::Already(old.outcome));
+}
+
+fn new_letter(n: u32) -> DeadLetter {
+    DeadLetter {
         key: (n > 0).then(Uuid::now_v7),
         job_id: (n > 0).then(|| format!("job-{n}")),
         tenant: "acme".into(),
@@ -339,8 +364,11 @@ pub async fn dead_letters_come_newest_first(ledger: Shared) {
         reason: format!("reason {n}"),
         attempts: n,
         worker: String::new(),
-    };
-    let (first, second, third) = (letter(0), letter(1), letter(2));
+    }
+}
+
+pub async fn dead_letters_come_newest_first(ledger: Shared) {
+    let (first, second, third) = (new_letter(0), new_letter(1), new_letter(2));
     ledger.bury(&first).await.unwrap();
     ledger.bury(&second).await.unwrap();
     let mut ending = new_ending(Uuid::now_v7(), 3);

@@ -16,6 +16,8 @@ use stoker_shared::ports::{Consumer, Delivery, Destination, Message, Queue, Sour
 use stoker_shared::rabbitmq::RabbitQueue;
 use uuid::Uuid;
 
+use crate::services::configured;
+
 /// How long anything may take that is bound to happen.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -114,12 +116,7 @@ impl Fixture {
 
 impl Broker {
     pub fn new() -> Self {
-        let mut services =
-            Services { prefix: format!("t{}.", Uuid::new_v4().simple()), ..Default::default() };
-        if let Ok(url) = std::env::var("AMQP_URL") {
-            services.amqp_url = url;
-        }
-        Self { services, models: Mutex::default() }
+        Self { services: configured(), models: Mutex::default() }
     }
 
     /// A connection past the adapter.

@@ -4,6 +4,8 @@ mod fixture;
 #[path = "../common/proxy.rs"]
 mod proxy;
 mod rabbitmq;
+#[path = "../common/services.rs"]
+mod services;
 mod suite;
 
 use fixture::Fixture;

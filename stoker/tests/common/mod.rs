@@ -9,33 +9,17 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use serde_json::{Value, json};
-use tokio_postgres::NoTls;
+use stoker_shared::config::Services;
 
-/// Where the services are.
-#[derive(Clone, Debug)]
-pub struct Services {
-    pub amqp: String,
-    pub redis: String,
-    pub postgres: String,
-}
+#[path = "../../../shared/tests/common/services.rs"]
+pub mod services;
 
-impl Services {
-    /// Those that the environment names, or the usual local ones.
-    pub fn configured() -> Self {
-        let get = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
-        Self {
-            amqp: get("AMQP_URL", "amqp://guest:guest@localhost:5672/%2f"),
-            redis: get("REDIS_URL", "redis://localhost:6379"),
-            postgres: get("POSTGRES_URL", "postgres://postgres@localhost:5432/postgres"),
-        }
-    }
-}
+use services::Database;
 
 /// A running fleet; dropped, its processes are killed.
 pub struct Fleet {
     services: Services,
-    prefix: String,
-    database: String,
+    database: Database,
     folder: PathBuf,
     processes: Vec<Child>,
 }
@@ -47,26 +31,10 @@ pub struct Process(usize);
 impl Fleet {
     /// No process yet; the database is made.
     pub async fn new(services: Services) -> Self {
-        let name = format!("t{}", &uuid::Uuid::new_v4().simple().to_string()[..12]);
-        let database = format!("stoker_{name}");
-        let folder = std::env::temp_dir().join(&database);
+        let database = Database::create_on(&services.postgres_url).await;
+        let folder = std::env::temp_dir().join(&database.name);
         std::fs::create_dir_all(&folder).expect("a folder for logs");
-        let fleet = Self { services, prefix: format!("{name}."), database, folder, processes: Vec::new() };
-        fleet.admin(&format!("CREATE DATABASE {}", fleet.database)).await;
-        fleet
-    }
-
-    async fn admin(&self, sql: &str) {
-        let (client, connection) =
-            tokio_postgres::connect(&self.services.postgres, NoTls).await.expect("Postgres is there");
-        tokio::spawn(connection);
-        client.batch_execute(sql).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
-    }
-
-    /// The fleet's own database.
-    pub fn postgres_url(&self) -> String {
-        let (rest, _) = self.services.postgres.rsplit_once('/').expect("a URL with a database");
-        format!("{rest}/{}", self.database)
+        Self { services, database, folder, processes: Vec::new() }
     }
 
     /// Starts `stoker ARGS` and gives its HTTP port.
@@ -76,10 +44,10 @@ impl Fleet {
         let err = File::create(&log).expect("a log file");
         let child = Command::new(env!("CARGO_BIN_EXE_stoker"))
             .args(args)
-            .env("AMQP_URL", &self.services.amqp)
-            .env("REDIS_URL", &self.services.redis)
-            .env("POSTGRES_URL", self.postgres_url())
-            .env("STOKER_SERVICES_PREFIX", &self.prefix)
+            .env("AMQP_URL", &self.services.amqp_url)
+            .env("REDIS_URL", &self.services.redis_url)
+            .env("POSTGRES_URL", &self.database.url)
+            .env("STOKER_SERVICES_PREFIX", &self.services.prefix)
             .env("STOKER_LOG", "info")
             .env("PORT", port.to_string())
             .stdin(Stdio::null())
@@ -164,9 +132,7 @@ impl Fleet {
 
     /// One row of one query on the fleet's database, as JSON.
     pub async fn row(&self, sql: &str) -> Value {
-        let (client, connection) =
-            tokio_postgres::connect(&self.postgres_url(), NoTls).await.expect("Postgres");
-        tokio::spawn(connection);
+        let client = self.database.client().await;
         let row = client.query_one(&format!("SELECT row_to_json(q)::text FROM ({sql}) q"), &[]).await;
         let text: String = row.unwrap_or_else(|e| panic!("{sql}: {e}")).get(0);
         serde_json::from_str(&text).expect("Postgres gives JSON")
@@ -190,7 +156,6 @@ impl Fleet {
     pub async fn end(mut self) {
         self.kill_all();
         let _ = self.remove_queues().await;
-        self.admin(&format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.database)).await;
         let _ = std::fs::remove_dir_all(&self.folder);
     }
 
@@ -202,16 +167,20 @@ impl Fleet {
     }
 
     async fn remove_queues(&self) -> lapin::Result<()> {
-        let connection = lapin::Connection::connect(&self.services.amqp, Default::default()).await?;
+        let connection = lapin::Connection::connect(&self.services.amqp_url, Default::default()).await?;
         let names = ["requests", "responses", "metrics", "errors", "dead"].map(str::to_owned);
         let lanes = ["interactive", "batch"];
         let models = ["echo", "SmolLM2-135M-Instruct"];
         let work = models.iter().flat_map(|m| lanes.iter().map(move |l| format!("work.{m}.{l}")));
         let channel = connection.create_channel().await?;
         for name in names.into_iter().chain(work) {
-            channel.queue_delete(format!("{}{name}", self.prefix).into(), Default::default()).await?;
+            channel
+                .queue_delete(format!("{}{name}", self.services.prefix).into(), Default::default())
+                .await?;
         }
-        channel.exchange_delete(format!("{}exchange", self.prefix).into(), Default::default()).await?;
+        channel
+            .exchange_delete(format!("{}exchange", self.services.prefix).into(), Default::default())
+            .await?;
         connection.close(0, "done".into()).await
     }
 }

@@ -147,6 +147,14 @@ fn blocks(
     if let Some(positions) = options.kv_positions {
         return (positions as usize).div_ceil(BLOCK).max(1);
     }
+    let block_bytes = BLOCK * position_bytes(config, backend);
+    let affordable = (free_memory().unwrap_or(ASSUMED_FREE) / CACHE_SHARE) as usize / block_bytes;
+    let one = context.div_ceil(BLOCK);
+    affordable.clamp(one, one * slots)
+}
+
+/// Bytes of cache that one position takes in all layers together.
+pub(crate) fn position_bytes(config: &ModelConfig, backend: BackendKind) -> usize {
     let layer = match backend {
         BackendKind::Cpu => Flex::cache_bytes,
         #[cfg(feature = "wgpu")]
@@ -157,10 +165,7 @@ fn blocks(
         #[allow(unreachable_patterns)]
         _ => Flex::cache_bytes,
     };
-    let block_bytes = BLOCK * config.layers * layer(config.kv_heads, config.head_dim);
-    let affordable = (free_memory().unwrap_or(ASSUMED_FREE) / CACHE_SHARE) as usize / block_bytes;
-    let one = context.div_ceil(BLOCK);
-    affordable.clamp(one, one * slots)
+    config.layers * layer(config.kv_heads, config.head_dim)
 }
 
 /// Bytes of memory that are available, where the system says.

@@ -80,8 +80,8 @@ impl Ledger for FaultyLedger {
     async fn usage(&self, tenant: &str, user_id: Option<&str>, seconds: u64) -> PortResult<UsageSummary> {
         self.inner.usage(tenant, user_id, seconds).await
     }
-    async fn purge(&self) -> PortResult<u64> {
-        self.inner.purge().await
+    async fn purge(&self, retention: Retention) -> PortResult<u64> {
+        self.inner.purge(retention).await
     }
     async fn ready(&self) -> PortResult<()> {
         self.check()

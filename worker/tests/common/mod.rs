@@ -15,13 +15,18 @@ use stoker_shared::embedded::{EmbeddedBus, EmbeddedQueue, SqliteLedger};
 use stoker_shared::envelope::{Envelope, key_of};
 use stoker_shared::job::{Job, Lane};
 use stoker_shared::outcome::Outcome;
-use stoker_shared::ports::{Consumer, Destination, JobRow, JobState, Ledger, Message, Ports, Queue, Source};
+use stoker_shared::ports::{
+    Bus, Claim, Consumer, Control, Destination, JobRow, JobState, Ledger, Message, Ports, Queue, Source,
+    WorkerPresence,
+};
 use stoker_worker::{Model, Worker};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use faults::{CutQueue, FaultyBus, FaultyLedger};
+use reader::Reader;
 
 pub const MODEL: &str = "echo";
 pub const TENANT: &str = "acme";
@@ -77,6 +82,21 @@ impl Fleet {
     pub async fn publish(&self, order: &Order) {
         let to = Destination::Work { model: MODEL.into(), lane: order.lane };
         self.queue.publish(&to, order.message()).await.unwrap();
+    }
+
+    /// Publishes it, and reads what is said of it from the beginning.
+    pub async fn ask(&self, order: &Order) -> Reader {
+        let reader = Reader::new(self.bus.clone(), order.channel()).await;
+        self.publish(order).await;
+        reader
+    }
+
+    /// Makes another worker look alive; until the receiver is dropped.
+    pub async fn impersonate(&self, worker: &str) -> mpsc::Receiver<Control> {
+        let control = self.bus.control(worker).await.unwrap();
+        let presence = WorkerPresence { id: worker.into(), ..WorkerPresence::default() };
+        self.bus.announce_worker(&presence).await.unwrap();
+        control
     }
 
     /// Publishes it as a message that somebody has had before; no worker may be there yet.
@@ -227,6 +247,21 @@ impl Order {
             reply_to: self.reply_to.clone(),
             headers: self.envelope.to_headers(),
             ..Message::default()
+        }
+    }
+
+    /// A claim on the job by some worker.
+    pub fn claim(&self, expected: Option<u64>, epoch: u64, worker: &str, interruptions: u32) -> Claim {
+        Claim {
+            key: self.key(),
+            tenant: TENANT.into(),
+            job_id: self.id().into(),
+            body_hash: self.envelope.body_hash.clone(),
+            expected,
+            epoch,
+            worker: worker.into(),
+            interruptions,
+            expires_in_s: 600,
         }
     }
 

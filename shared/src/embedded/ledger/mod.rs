@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::ports::{
     Accepted, CacheRow, Claim, Claimed, Committed, DeadLetter, Ending, JobRow, Ledger, NewJob, PortResult,
-    Unpublished, UsageSummary,
+    Retention, Unpublished, UsageSummary,
 };
 use rows::{after, before, int, now_ms};
 use thread::{Database, port_error, unavailable};
@@ -260,20 +260,37 @@ impl Ledger for SqliteLedger {
             .await
     }
 
-    async fn purge(&self) -> PortResult<u64> {
+    async fn purge(&self, retention: Retention) -> PortResult<u64> {
         self.db
             .run(move |db| {
-                let jobs = db.execute(
+                let mut total = db.execute(
                     "DELETE FROM llm_jobs WHERE rowid IN (SELECT rowid FROM llm_jobs
                      WHERE state = 'done' AND expires_at <= ?1 ORDER BY expires_at LIMIT ?2)",
                     params![now_ms(), PURGE_ROWS],
                 )?;
-                let answers = db.execute(
+                total += db.execute(
                     "DELETE FROM llm_cache WHERE rowid IN (SELECT rowid FROM llm_cache
                      WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)",
                     params![now_ms(), PURGE_ROWS],
                 )?;
-                Ok((jobs + answers) as u64)
+                // Ids rise with time, so the oldest are found without an index of times.
+                if retention.dead_letters_s > 0 {
+                    total += db.execute(
+                        "DELETE FROM dead_letters WHERE id IN (SELECT id FROM
+                            (SELECT id, created_at FROM dead_letters ORDER BY id LIMIT ?2)
+                         WHERE created_at <= ?1)",
+                        params![before(retention.dead_letters_s.saturating_mul(1000)), PURGE_ROWS],
+                    )?;
+                }
+                if retention.requests_s > 0 {
+                    total += db.execute(
+                        "DELETE FROM llm_requests WHERE id IN (SELECT id FROM
+                            (SELECT id, created_at FROM llm_requests ORDER BY id LIMIT ?2)
+                         WHERE created_at <= ?1)",
+                        params![before(retention.requests_s.saturating_mul(1000)), PURGE_ROWS],
+                    )?;
+                }
+                Ok(total as u64)
             })
             .await
     }

@@ -82,7 +82,7 @@ pub fn speed_of_shape(
         let on_cpu = backend == BackendKind::Cpu;
         let format = format.unwrap_or(if on_cpu { DType::Q4_1 } else { DType::BF16 });
         if on_cpu {
-            check_memory(shape, format, load.kv_positions.unwrap_or_default())?;
+            check_memory(shape, format, backend, load.kv_positions.unwrap_or_default())?;
         }
         load.name = Some(shape.name.into());
         setup::set_up_checkpoint(Checkpoint::random(shape, format)?, Isa::best(), load)
@@ -91,8 +91,8 @@ pub fn speed_of_shape(
 }
 
 /// Refuses what would drive the system out of memory.
-fn check_memory(shape: &Shape, format: DType, positions: u64) -> Result<(), LoadError> {
-    let needed = shape.memory(format, positions)? + MEASURING;
+fn check_memory(shape: &Shape, format: DType, backend: BackendKind, positions: u64) -> Result<(), LoadError> {
+    let needed = memory(shape, format, backend, positions)?;
     let Some(free) = setup::free_memory().filter(|&free| free < needed) else { return Ok(()) };
     let gb = |bytes: u64| bytes as f64 / 1e9;
     Err(LoadError::Memory(format!(
@@ -103,6 +103,12 @@ fn check_memory(shape: &Shape, format: DType, positions: u64) -> Result<(), Load
         gb(needed),
         gb(free)
     )))
+}
+
+/// Bytes of memory that measuring takes: weights, keys and values of `positions` positions, and the measurements themselves.
+fn memory(shape: &Shape, format: DType, backend: BackendKind, positions: u64) -> Result<u64, LoadError> {
+    let cache = setup::position_bytes(&shape.config()?, backend) as u64 * positions;
+    Ok(shape.memory(format)? + cache + MEASURING)
 }
 
 fn measure(
@@ -259,5 +265,18 @@ impl Bench {
             flops_share: self.limits.map(|limits| tokens_per_second * flops / limits.flops),
             repetitions: speeds.len(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_is_counted_as_the_backend_keeps_it() {
+        let shape = Shape::find("smollm2-135m").unwrap();
+        let of = |positions| memory(shape, DType::Q4_1, BackendKind::Cpu, positions).unwrap();
+        // 30 layers, keys and values, 3 heads of 64 numbers in 16 bits, and a scale in 32.
+        assert_eq!(of(1000) - of(0), 1000 * 30 * 2 * 3 * (64 * 2 + 4));
     }
 }

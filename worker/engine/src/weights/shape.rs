@@ -71,25 +71,32 @@ impl Shape {
         Self::ALL.iter().find(|shape| shape.name.eq_ignore_ascii_case(name))
     }
 
-    /// Bytes of memory that the model takes on the CPU: the matrices in `format`, the run of blocks that they are cut from, and
-    /// keys and values of `positions` positions.
+    /// Bytes of memory that the weights take on the CPU: the matrices in `format`, and the run of blocks that they are cut
+    /// from.
     ///
     /// # Errors
     /// If the shape's rows are no whole number of blocks.
-    pub fn memory(&self, format: DType, positions: u64) -> Result<u64, LoadError> {
+    pub fn memory(&self, format: DType) -> Result<u64, LoadError> {
         let wrong = |f| fault(Path::new(self.name), f);
-        let tensors = layout::tensors(&self.config().map_err(wrong)?);
+        let tensors = layout::tensors(&self.config()?);
         let sizes =
             tensors.iter().filter(|(_, shape)| shape.len() == 2).map(|(_, shape)| size(format, shape));
         let sizes = sizes.collect::<Result<Vec<_>, _>>().map_err(wrong)?;
         // An embedding that is no output projection stays where it is.
         let embedding = if self.tied { 0 } else { sizes[0] };
         let largest = sizes.iter().max().copied().unwrap_or_default();
-        let cache = (2 * self.layers * self.kv_heads * self.head_dim * size_of::<f32>()) as u64 * positions;
-        Ok((sizes.iter().sum::<usize>() - embedding + largest) as u64 + cache)
+        Ok((sizes.iter().sum::<usize>() - embedding + largest) as u64)
     }
 
-    fn config(&self) -> Result<ModelConfig, Fault> {
+    /// The model's sizes, as a file would state them.
+    ///
+    /// # Errors
+    /// None for the shapes in [`ALL`](Self::ALL).
+    pub(crate) fn config(&self) -> Result<ModelConfig, LoadError> {
+        self.complete().map_err(|f| fault(Path::new(self.name), f))
+    }
+
+    fn complete(&self) -> Result<ModelConfig, Fault> {
         let mut c = ModelConfig::of_architecture(self.architecture)?;
         (c.layers, c.hidden, c.ffn) = (self.layers, self.hidden, self.ffn);
         (c.heads, c.kv_heads, c.head_dim) = (self.heads, self.kv_heads, self.head_dim);
@@ -111,7 +118,7 @@ impl Checkpoint {
     /// If the system has no memory left.
     pub fn random(shape: &Shape, format: DType) -> Result<Self, LoadError> {
         let wrong = |f| fault(Path::new(shape.name), f);
-        let config = shape.config().map_err(wrong)?;
+        let config = shape.config()?;
         let mut tensors = Tensors::new();
         let (mut largest, block) = (0, format.block_bytes());
         for (index, (name, shape)) in layout::tensors(&config).into_iter().enumerate() {
