@@ -17,7 +17,7 @@ use super::activations::Activations;
 use super::format::{BLOCK, Layout, layout};
 use super::isa::Isa;
 use super::pack::{LANES, Packed, Shared};
-use super::pool::{Pool, share};
+use super::pool::{Pool, share, shrinking};
 
 /// Rows of activations that a kernel takes at once.
 const TILE: usize = 4;
@@ -99,14 +99,18 @@ struct Input<'a> {
 fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
     let groups: usize = jobs.iter().map(|job| job.w.groups()).sum();
     let bytes: usize = jobs.iter().map(|job| job.w.bytes()).sum();
-    // With few rows the time goes into reading weights, which is fastest in long runs: one a thread. With many it goes
-    // into computing, and smaller pieces even out what threads are kept from.
     let tiles = input.n.div_ceil(TILE);
-    let pieces = if tiles <= 2 { 1 } else { 4 };
-    let most = if pool.threads() == 1 { 1 } else { pool.threads() * pieces };
-    let tasks = (bytes * tiles / WORTH).clamp(1, most).min(groups.max(1));
-    pool.run(tasks, |task| {
-        let mut range = share(groups, tasks, task);
+    let least = (WORTH * groups).div_ceil((bytes * tiles).max(1));
+    // With few rows the time goes into reading weights, which is fastest in long runs: one a thread. With many it goes
+    // into computing, and pieces that get smaller even out what threads are kept from.
+    let tasks: Vec<_> = if tiles <= 2 {
+        let count = (groups / least.max(1)).clamp(1, pool.threads());
+        (0..count).map(|task| share(groups, count, task)).collect()
+    } else {
+        shrinking(groups, least, pool.threads()).collect()
+    };
+    pool.run(tasks.len(), |task| {
+        let mut range = tasks[task].clone();
         for job in jobs {
             let mine = range.start.min(job.w.groups())..range.end.min(job.w.groups());
             if !mine.is_empty() {

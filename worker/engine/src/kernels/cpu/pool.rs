@@ -241,6 +241,19 @@ pub(super) fn share(items: usize, parts: usize, index: usize) -> Range<usize> {
     items * index / parts..items * (index + 1) / parts
 }
 
+/// Parts of `0..items`, of at least `least` items, each an equal part of half of what the parts before it leave: threads
+/// that claim them in order claim few, and yet end at about the same time.
+pub(super) fn shrinking(items: usize, least: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
+    let parts = if threads == 1 { 1 } else { 2 * threads };
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let left = items - start;
+        let size = (left / parts).max(least).max(1).min(left);
+        start += size;
+        (size > 0).then(|| start - size..start)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -328,6 +341,10 @@ mod tests {
             for parts in [1, 2, 3, 8] {
                 let all: Vec<usize> = (0..parts).flat_map(|i| share(items, parts, i)).collect();
                 assert_eq!(all, (0..items).collect::<Vec<_>>());
+                for least in [0, 1, 7] {
+                    let all: Vec<usize> = shrinking(items, least, parts).flatten().collect();
+                    assert_eq!(all, (0..items).collect::<Vec<_>>());
+                }
             }
         }
     }
