@@ -92,11 +92,11 @@ pub fn attention<E: Element>(
     if pool.threads() > 1 && units.len() < 4 * pool.threads() && chunks > units.len() {
         by_chunks(pool, &problem, &units, chunks, out);
     } else {
-        // The costliest units are usually the last, so they are begun first. Heads of the same rows stay on one thread
+        // A thread's costliest units are usually the last, so they are begun first. Heads of the same rows stay on one thread
         // where there are enough for all, and each asks for the next one's memory.
         let runs = if units.len() < 8 * pool.threads() { units.len() } else { units.len() / shape.heads };
         pool.run(runs, |run| {
-            let mine = &units[share(units.len(), runs, runs - 1 - run)];
+            let mine = &units[share(units.len(), runs, pool.backwards(runs, run))];
             for (index, unit) in mine.iter().enumerate() {
                 by_unit(pool, &problem, unit, mine.get(index + 1), out);
             }
