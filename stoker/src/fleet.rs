@@ -168,6 +168,7 @@ pub async fn up(mut config: Config, args: UpArgs) -> Result<()> {
     let worker = Worker::start(config.clone(), ports, models, None).await?;
     let url = format!("http://localhost:{}", addr.port());
     if let Some(question) = args.ask {
+        worker.announced().await;
         ask::ask(&url, &question).await?;
     }
     ask::say_how_to_call(&url);

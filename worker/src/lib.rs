@@ -137,6 +137,12 @@ impl Worker {
         self.addr
     }
 
+    /// Waits until the fleet knows of it: coordinators route jobs to its models from then on.
+    pub async fn announced(&self) {
+        // The other end is the worker's own.
+        let _ = self.shared.announced.subscribe().wait_for(|announced| *announced).await;
+    }
+
     /// Waits until it should be drained, because the fleet told it so.
     ///
     /// # Errors

@@ -149,7 +149,9 @@ impl Kernels for Flex {
         // A zeroed vector costs no memory until it is written. Burn's own zeros are copied to where they are aligned, which
         // touches all of a cache that may be gigabytes: seconds at start.
         let zeros = |block: usize| {
-            FlexTensor::from_data(TensorData::new(vec![0 as Stored; blocks * block], [blocks, block]))
+            let mut memory = vec![0 as Stored; blocks * block];
+            cpu::on_large_pages(&mut memory);
+            FlexTensor::from_data(TensorData::new(memory, [blocks, block]))
         };
         KvLayer { keys: zeros(shape.key_block::<Stored>()), values: zeros(shape.value_block::<Stored>()) }
     }
@@ -169,29 +171,28 @@ impl Kernels for Flex {
         cache: &mut KvLayer<Self>,
     ) -> Tensor<Self, 2> {
         let [rows, width] = q.dims();
-        let rotated = |x: Tensor<Self, 2>, count: usize, norm: Option<&Tensor<Self, 1>>| {
+        let normed = |x: Tensor<Self, 2>, count: usize, norm: Option<&Tensor<Self, 1>>| {
             let x = match norms.zip(norm) {
                 Some((norms, weight)) => {
                     Self::rms_norm(context, x.reshape([rows * count, heads.dim]), weight, norms.eps)
                 }
                 None => x,
             };
-            let mut x = contiguous(bare(x));
-            let Rotation { style, cos, sin } = &step.rotations[rope];
-            let angles = Angles { pairs: heads.dim / 2, cos, sin };
-            cpu::rope(&context.pool, x.storage_mut(), count, heads.dim, *style, &angles);
-            x
+            contiguous(bare(x))
         };
-        let q = rotated(q, heads.queries, norms.map(|norms| &norms.query));
-        let k = rotated(k, heads.keys, norms.map(|norms| &norms.key));
+        let mut q = normed(q, heads.queries, norms.map(|norms| &norms.query));
+        let mut k = normed(k, heads.keys, norms.map(|norms| &norms.key));
         let v = contiguous(bare(v));
-        cpu::kv_write::<Stored>(
+        let Rotation { style, cos, sin } = &step.rotations[rope];
+        cpu::append::<Stored>(
             &context.pool,
             &kv_shape(heads),
             cache.keys.storage_mut(),
             cache.values.storage_mut(),
             &step.rows(),
-            numbers(&k),
+            (*style, &Angles { pairs: heads.dim / 2, cos, sin }),
+            q.storage_mut(),
+            k.storage_mut(),
             numbers(&v),
         );
         context.recycle(k);

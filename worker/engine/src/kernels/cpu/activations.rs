@@ -34,7 +34,8 @@ pub(super) struct RunScale {
     pub integer_sum: i32,
 }
 
-/// Quantised activations `[rows, blocks]`.
+/// Quantised activations `[rows, blocks]`. The vectors only grow: a model's products differ in width, and memory that came
+/// and went with them would be zeroed each time.
 #[derive(Default)]
 pub(super) struct Activations {
     pub rows: usize,
@@ -49,8 +50,10 @@ impl Activations {
         let rows = x.len() / (blocks * BLOCK).max(1);
         assert_eq!(x.len(), rows * blocks * BLOCK);
         (self.rows, self.blocks) = (rows, blocks);
-        self.codes.resize(rows * blocks, Codes([0; 64]));
-        self.scales.resize(rows * blocks, RunScale::default());
+        if self.codes.len() < rows * blocks {
+            self.codes.resize(rows * blocks, Codes([0; 64]));
+            self.scales.resize(rows * blocks, RunScale::default());
+        }
         let (codes, scales) = (Shared(self.codes.as_mut_ptr()), Shared(self.scales.as_mut_ptr()));
         let run = kernel(pool.isa());
         // Some three thousand values are worth another thread.

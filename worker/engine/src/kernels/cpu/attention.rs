@@ -98,12 +98,12 @@ pub fn attention<E: Element>(
         by_chunks(pool, &problem, &long, out);
     }
     if !units.is_empty() {
-        // The costliest units are usually the last, so they are begun first. Heads of the same rows stay on one thread
+        // A thread's costliest units are usually the last, so they are begun first. Heads of the same rows stay on one thread
         // where there are enough for all, and each asks for the next one's memory.
         let runs =
             if units.len() < 8 * pool.threads() { units.len() } else { units.len().div_ceil(shape.heads) };
         pool.run(runs, |run| {
-            let mine = &units[share(units.len(), runs, runs - 1 - run)];
+            let mine = &units[share(units.len(), runs, pool.backwards(runs, run))];
             for (index, unit) in mine.iter().enumerate() {
                 by_unit(pool, &problem, unit, mine.get(index + 1), out);
             }

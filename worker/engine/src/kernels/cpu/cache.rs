@@ -17,6 +17,8 @@ use std::ops::Range;
 
 use super::lanes::{Lanes, Stored, on_isa};
 use super::pack::Shared;
+use super::rows::Angles;
+use crate::weights::RopeStyle;
 
 /// Shape of one layer's cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +55,7 @@ impl KvShape {
 }
 
 /// Numbers that are worth another thread.
-const WORTH: usize = 1024;
+const WORTH: usize = 2048;
 
 /// Which sequence each row of a step belongs to, and at which position it stands.
 #[derive(Clone, Copy, Debug)]
@@ -125,70 +127,87 @@ impl Element for i16 {
     }
 }
 
-/// Puts the keys and values of a step's rows, both `[rows, heads * head_dim]`, into the cache.
+/// Rotates the queries and keys of a step's rows, and puts keys and values into the cache; all three are `[rows, heads *
+/// head_dim]`, of as many query heads as there are.
 ///
 /// # Panics
 /// If lengths or positions do not fit.
-pub fn kv_write<E: Element>(
+#[allow(clippy::too_many_arguments)]
+pub fn append<E: Element>(
     pool: &super::Pool,
     shape: &KvShape,
     keys: &mut [E],
     values: &mut [E],
     rows: &Rows<'_>,
-    new_keys: &[f32],
-    new_values: &[f32],
+    (style, angles): (RopeStyle, &Angles<'_>),
+    q: &mut [f32],
+    k: &mut [f32],
+    v: &[f32],
 ) {
     let blocks = keys.len() / shape.key_block::<E>().max(1);
     assert!(values.len() / shape.value_block::<E>().max(1) >= blocks);
     rows.check(shape, blocks);
     let width = shape.heads * shape.head_dim;
-    assert_eq!(new_keys.len(), rows.len() * width);
-    assert_eq!(new_values.len(), rows.len() * width);
+    assert_eq!(k.len(), rows.len() * width);
+    assert_eq!(v.len(), rows.len() * width);
+    assert!(q.len().is_multiple_of((rows.len() * shape.head_dim).max(1)));
+    let new = (Shared(q.as_mut_ptr()), q.len() / rows.len().max(1), Shared(k.as_mut_ptr()), v);
     let to = (Shared(keys.as_mut_ptr()), Shared(values.as_mut_ptr()));
-    // A head at a time, so that a block's keys stay in the first-level cache while its positions are written.
-    pool.split(shape.heads * rows.len(), WORTH.div_ceil(shape.head_dim), |range| {
-        write(pool.isa(), shape, rows, range, new_keys, new_values, to);
+    pool.split(rows.len(), WORTH.div_ceil(new.1 + 2 * width), |range| {
+        append_rows(pool.isa(), shape, rows, range, style, angles, new, to);
     });
 }
 
 on_isa!(
-    /// Writes a range of the step's heads, counted head by head and row by row within.
-    fn write<E: Element>(
+    /// Rotates and writes a range of the step's rows. `new`: queries and their width, keys, values.
+    fn append_rows<E: Element>(
         shape: &KvShape,
         rows: &Rows<'_>,
         range: Range<usize>,
-        new_keys: &[f32],
-        new_values: &[f32],
+        style: RopeStyle,
+        angles: &Angles<'_>,
+        new: (Shared<f32>, usize, Shared<f32>, &[f32]),
         to: (Shared<E>, Shared<E>),
-    ) = write_body
+    ) = append_body
 );
 
 #[inline(always)]
-fn write_body<L: Lanes, E: Element>(
+#[allow(clippy::too_many_arguments)]
+fn append_body<L: Lanes, E: Element>(
     shape: &KvShape,
     rows: &Rows<'_>,
     range: Range<usize>,
-    new_keys: &[f32],
-    new_values: &[f32],
+    style: RopeStyle,
+    angles: &Angles<'_>,
+    (q, width, k, v): (Shared<f32>, usize, Shared<f32>, &[f32]),
     (keys, values): (Shared<E>, Shared<E>),
 ) {
     let (dim, value_dim) = (shape.head_dim, shape.value_dim());
-    for index in range {
-        let (head, row) = (index / rows.len(), index % rows.len());
-        let position = rows.positions[row] as usize;
-        let block = rows.tables[rows.sequences[row] as usize][position / shape.block] as usize;
-        let place = position % shape.block;
-        let from = (row * shape.heads + head) * dim;
-        let key = keys.at((block * shape.heads + head) * shape.key_head::<E>());
-        let value = values.at((block * shape.heads + head) * shape.value_head::<E>());
-        // SAFETY: `Rows::check` made sure that the block is there; a head of a position belongs to one row of a step and
-        // so to one task.
-        unsafe {
-            put(&new_keys[from..from + dim], key.add(place), shape.block, key.add(dim * shape.block), place);
-            let to = value.add(place * value_dim);
-            put(&new_values[from..from + dim], to, 1, value.add(value_dim * shape.block), place);
-            for d in dim..value_dim {
-                to.add(d).write(E::store(0.0));
+    for row in range.clone() {
+        // SAFETY: a row of the queries, which belongs to one task.
+        let q = unsafe { std::slice::from_raw_parts_mut(q.at(row * width), width) };
+        q.chunks_exact_mut(dim).for_each(|head| angles.rotate(style, row, head));
+    }
+    // A head at a time, so that a block's keys stay in the first-level cache while its positions are written.
+    for head in 0..shape.heads {
+        for row in range.clone() {
+            let position = rows.positions[row] as usize;
+            let block = rows.tables[rows.sequences[row] as usize][position / shape.block] as usize;
+            let place = position % shape.block;
+            let from = (row * shape.heads + head) * dim;
+            let key = keys.at((block * shape.heads + head) * shape.key_head::<E>());
+            let value = values.at((block * shape.heads + head) * shape.value_head::<E>());
+            // SAFETY: `Rows::check` made sure that the block is there; a row of a step, and so a head of its position,
+            // belongs to one task.
+            unsafe {
+                let k = std::slice::from_raw_parts_mut(k.at(from), dim);
+                angles.rotate(style, row, k);
+                put(k, key.add(place), shape.block, key.add(dim * shape.block), place);
+                let to = value.add(place * value_dim);
+                put(&v[from..from + dim], to, 1, value.add(value_dim * shape.block), place);
+                for d in dim..value_dim {
+                    to.add(d).write(E::store(0.0));
+                }
             }
         }
     }

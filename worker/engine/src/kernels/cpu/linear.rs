@@ -12,17 +12,21 @@ mod floats;
 mod portable;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::activations::Activations;
 use super::format::{BLOCK, Layout, layout};
 use super::isa::Isa;
 use super::pack::{LANES, Packed, Shared};
-use super::pool::{Pool, share};
+use super::pool::{Pool, share, shrinking};
 
 /// Rows of activations that a kernel takes at once.
 const TILE: usize = 4;
 /// Rows of activations that stay in the second-level cache while all weights pass by.
 const PASS: usize = 128;
+/// So few threads take rows of their own, so that the activations stay where they are, from product to product. Each reads
+/// all weights then; more threads would want more of the memory than it gives.
+const BY_ROWS: usize = 4;
 /// Bytes of weights, times tiles of activations, that are worth another thread.
 const WORTH: usize = 16 << 10;
 
@@ -95,33 +99,46 @@ struct Input<'a> {
     quantised: &'a Activations,
 }
 
-/// Splits the groups of all matrices among tasks of about equal size.
+/// Splits the work among tasks: groups of all matrices, and rows of activations where there are enough.
 fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
     let groups: usize = jobs.iter().map(|job| job.w.groups()).sum();
     let bytes: usize = jobs.iter().map(|job| job.w.bytes()).sum();
-    // With few rows the time goes into reading weights, which is fastest in long runs: one a thread. With many it goes
-    // into computing, and smaller pieces even out what threads are kept from.
-    let tiles = input.n.div_ceil(TILE);
-    let pieces = if tiles <= 2 { 1 } else { 4 };
-    let most = if pool.threads() == 1 { 1 } else { pool.threads() * pieces };
-    let tasks = (bytes * tiles / WORTH).clamp(1, most).min(groups.max(1));
-    pool.run(tasks, |task| {
-        let mut range = share(groups, tasks, task);
+    let (tiles, threads) = (input.n.div_ceil(TILE), pool.threads());
+    let by_rows = threads <= BY_ROWS && tiles >= 2 * threads;
+    // Too little work is shared by fewer threads.
+    let tiles_each = if by_rows { tiles / threads } else { tiles };
+    let least = (WORTH * groups).div_ceil((bytes * tiles_each).max(1)).max(1);
+    let sharing = threads.min(groups / least).max(1);
+    let tasks: Vec<(Range<usize>, Range<usize>)> = (0..sharing)
+        .flat_map(|thread| {
+            let (rows, groups) = match by_rows {
+                true => (share(tiles, sharing, thread), 0..groups),
+                false => (0..tiles, share(groups, sharing, thread)),
+            };
+            // With few rows the time goes into reading weights, which is fastest in long runs. With many it goes into
+            // computing, and pieces that get smaller even out what threads are kept from.
+            let parts = if tiles <= 2 || sharing == 1 { 1 } else { 4 };
+            let rows = rows.start * TILE..(rows.end * TILE).min(input.n);
+            shrinking(groups, least, parts).map(move |piece| (rows.clone(), piece))
+        })
+        .collect();
+    pool.run(tasks.len(), |task| {
+        let (rows, mut range) = tasks[task].clone();
         for job in jobs {
             let mine = range.start.min(job.w.groups())..range.end.min(job.w.groups());
             if !mine.is_empty() {
-                multiply(pool.isa(), input, job, mine);
+                multiply(pool.isa(), input, job, rows.clone(), mine);
             }
             range = range.start.saturating_sub(job.w.groups())..range.end.saturating_sub(job.w.groups());
         }
     });
 }
 
-/// All rows of activations with a range of groups of one matrix.
-fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, groups: std::ops::Range<usize>) {
+/// A range of rows of activations with a range of groups of one matrix.
+fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, inputs: Range<usize>, groups: Range<usize>) {
     let rows = job.w.rows();
-    for pass in (0..input.n).step_by(PASS) {
-        let end = (pass + PASS).min(input.n);
+    for pass in inputs.clone().step_by(PASS) {
+        let end = (pass + PASS).min(inputs.end);
         for index in groups.clone() {
             let lanes = LANES.min(rows - index * LANES);
             let mut out = [[0.0; LANES]; TILE];

@@ -5,6 +5,10 @@
 //! every thread has taken part. So a thread that the system has put aside holds nothing up unless it holds a task: on a
 //! busy machine the others, at worst the caller alone, do all the work. Spinning is bounded: after a short while
 //! without work a thread gives its time slice away between looks, then it sleeps.
+//!
+//! Each thread begins with an equal share of the tasks, the same one whenever there are as many, and then helps the others.
+//! So where tasks stand for rows in order, a thread finds in its own cache what it wrote in the region before: fetching
+//! that from another's takes longer than most of what is done with it.
 
 use std::any::Any;
 use std::ops::Range;
@@ -41,8 +45,10 @@ pub struct Pool {
 struct Alone<T>(T);
 
 struct Shared {
-    /// Tasks of the current region that nobody has claimed.
-    unclaimed: Alone<AtomicUsize>,
+    /// Counts regions.
+    regions: Alone<AtomicUsize>,
+    /// Per thread, the caller first: tasks of its share of the current region that nobody has claimed.
+    unclaimed: Vec<Alone<AtomicUsize>>,
     /// Tasks of the current region that are done.
     done: Alone<AtomicUsize>,
     /// The current region; valid for whoever holds a claimed task that is not done.
@@ -72,7 +78,8 @@ impl Pool {
         assert!(isa.supported(), "this processor has no {isa}");
         let helpers = threads.max(1) - 1;
         let shared = Arc::new(Shared {
-            unclaimed: Alone(AtomicUsize::new(0)),
+            regions: Alone(AtomicUsize::new(0)),
+            unclaimed: (0..=helpers).map(|_| Alone(AtomicUsize::new(0))).collect(),
             done: Alone(AtomicUsize::new(0)),
             region: AtomicPtr::new(ptr::null_mut()),
             sleeping: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
@@ -85,7 +92,7 @@ impl Pool {
                 let shared = shared.clone();
                 thread::Builder::new()
                     .name(format!("kernel-{}", index + 1))
-                    .spawn(move || shared.work(index))
+                    .spawn(move || shared.work(index + 1))
                     .ok()
             })
             .collect();
@@ -117,7 +124,7 @@ impl Pool {
         };
         let region = Region { tasks, run: &task };
         self.publish(&region);
-        while self.shared.take_task() {}
+        while self.shared.take_task(0) {}
         self.shared.wait(tasks);
         let panicked = self.shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(payload) = panicked {
@@ -127,9 +134,20 @@ impl Pool {
 
     /// Runs `task` over `0..items` in ranges of at least `least` items, a few ranges per thread.
     pub fn split(&self, items: usize, least: usize, task: impl Fn(Range<usize>) + Sync) {
-        let most = if self.threads() == 1 { 1 } else { self.threads() * 2 };
-        let tasks = (items / least.max(1)).clamp(1, most);
+        let threads = self.threads();
+        let tasks = match items / least.max(1) {
+            _ if threads == 1 => 1,
+            few if few < 2 * threads => few.clamp(1, threads),
+            _ => 2 * threads,
+        };
         self.run(tasks, |index| task(share(items, tasks, index)));
+    }
+
+    /// A task for each of `0..tasks`: the same for each thread, but its last one first.
+    pub fn backwards(&self, tasks: usize, task: usize) -> usize {
+        let mut shares = (0..self.threads()).map(|thread| share(tasks, self.threads(), thread));
+        let own = shares.find(|share| share.contains(&task)).expect("each task is in a share");
+        own.start + own.end - 1 - task
     }
 
     fn publish(&self, region: &Region<'_>) {
@@ -138,8 +156,11 @@ impl Pool {
         // The lifetime is erased: a thread dereferences the pointer only while it holds a task that is not done, and
         // `run` returns only when all are.
         shared.region.store(ptr::from_ref(region).cast_mut().cast(), Ordering::Relaxed);
-        shared.unclaimed.0.store(region.tasks, Ordering::Release);
-        // Pairs with the fence in `sleep`: either we see that it sleeps, or it sees the tasks.
+        for (index, unclaimed) in shared.unclaimed.iter().enumerate() {
+            unclaimed.0.store(shared.share(region.tasks, index).len(), Ordering::Release);
+        }
+        shared.regions.0.fetch_add(1, Ordering::Release);
+        // Pairs with the fence in `sleep`: either we see that it sleeps, or it sees the region.
         fence(Ordering::SeqCst);
         for (asleep, worker) in shared.sleeping.iter().zip(&self.workers) {
             if asleep.load(Ordering::Relaxed) {
@@ -161,15 +182,26 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// Claims and runs one task; false if none is left.
-    fn take_task(&self) -> bool {
-        let mut left = self.unclaimed.0.load(Ordering::Acquire);
+    /// The tasks that thread `index` begins with.
+    fn share(&self, tasks: usize, index: usize) -> Range<usize> {
+        share(tasks, self.unclaimed.len(), index)
+    }
+
+    /// Claims and runs one task, of thread `index`'s share if there is one, then of the others'; false if none is left.
+    fn take_task(&self, index: usize) -> bool {
+        let threads = self.unclaimed.len();
+        (0..threads).any(|other| self.take_task_of((index + other) % threads))
+    }
+
+    /// Claims and runs one task of thread `index`'s share; false if none is left.
+    fn take_task_of(&self, index: usize) -> bool {
+        let unclaimed = &self.unclaimed[index].0;
+        let mut left = unclaimed.load(Ordering::Acquire);
         loop {
             if left == 0 {
                 return false;
             }
-            match self.unclaimed.0.compare_exchange_weak(left, left - 1, Ordering::AcqRel, Ordering::Acquire)
-            {
+            match unclaimed.compare_exchange_weak(left, left - 1, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => break,
                 Err(now) => left = now,
             }
@@ -177,7 +209,8 @@ impl Shared {
         // SAFETY: we hold a task of the current region, so its caller waits in `run` and the region is alive; the
         // successful exchange read what `publish` stored, so the pointer is this region's.
         let region = unsafe { &*self.region.load(Ordering::Relaxed) };
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| (region.run)(region.tasks - left))) {
+        let task = self.share(region.tasks, index).end - left;
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| (region.run)(task))) {
             self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(payload);
         }
         self.done.0.fetch_add(1, Ordering::Release);
@@ -200,19 +233,26 @@ impl Shared {
 
     fn work(&self, index: usize) {
         while !self.stop.load(Ordering::Acquire) {
-            if !self.take_task() && !self.watch() {
-                self.sleep(index);
+            let seen = self.regions.0.load(Ordering::Acquire);
+            while self.take_task(index) {}
+            if !self.watch(seen) {
+                self.sleep(index - 1, seen);
             }
         }
     }
 
-    /// Looks out for tasks for a while; false if there were none.
-    fn watch(&self) -> bool {
+    /// Whether there is something to do for a thread that has seen so many regions.
+    fn called(&self, seen: usize) -> bool {
+        self.regions.0.load(Ordering::Relaxed) != seen || self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Looks out for a new region for a while; false if there was none.
+    fn watch(&self, seen: usize) -> bool {
         let start = Instant::now();
         let mut waited = Duration::ZERO;
         while waited < AWAKE {
             for _ in 0..LOOKS {
-                if self.unclaimed.0.load(Ordering::Relaxed) != 0 || self.stop.load(Ordering::Relaxed) {
+                if self.called(seen) {
                     return true;
                 }
                 std::hint::spin_loop();
@@ -225,20 +265,36 @@ impl Shared {
         false
     }
 
-    fn sleep(&self, index: usize) {
-        self.sleeping[index].store(true, Ordering::Relaxed);
+    fn sleep(&self, helper: usize, seen: usize) {
+        self.sleeping[helper].store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        if self.unclaimed.0.load(Ordering::Relaxed) == 0 && !self.stop.load(Ordering::Acquire) {
+        if !self.called(seen) {
             // May return early; then the loop in `work` looks around and comes back.
             thread::park();
         }
-        self.sleeping[index].store(false, Ordering::Relaxed);
+        self.sleeping[helper].store(false, Ordering::Relaxed);
     }
 }
 
 /// The `index`th of `parts` nearly equal shares of `0..items`.
 pub(super) fn share(items: usize, parts: usize, index: usize) -> Range<usize> {
     items * index / parts..items * (index + 1) / parts
+}
+
+/// Ranges that make up `items`, of at least `least`, each the `parts`th part of what is left: few to claim, and yet threads
+/// that help one another with the last end at about the same time.
+pub(super) fn shrinking(
+    items: Range<usize>,
+    least: usize,
+    parts: usize,
+) -> impl Iterator<Item = Range<usize>> {
+    let mut start = items.start;
+    std::iter::from_fn(move || {
+        let left = items.end - start;
+        let size = (left / parts).max(least).max(1).min(left);
+        start += size;
+        (size > 0).then(|| start - size..start)
+    })
 }
 
 #[cfg(test)]
@@ -328,6 +384,10 @@ mod tests {
             for parts in [1, 2, 3, 8] {
                 let all: Vec<usize> = (0..parts).flat_map(|i| share(items, parts, i)).collect();
                 assert_eq!(all, (0..items).collect::<Vec<_>>());
+                for least in [0, 1, 7] {
+                    let all: Vec<usize> = shrinking(0..items, least, parts).flatten().collect();
+                    assert_eq!(all, (0..items).collect::<Vec<_>>());
+                }
             }
         }
     }

@@ -137,46 +137,29 @@ pub struct Angles<'a> {
     pub sin: &'a [f32],
 }
 
-/// Rotates the first `2 * pairs` elements of every head of `x`, `[rows, heads * head_dim]`, by its row's angles.
-///
-/// # Panics
-/// If `x` does not have the rows of `angles`, or heads are smaller than what is rotated.
-pub fn rope(
-    pool: &Pool,
-    x: &mut [f32],
-    heads: usize,
-    head_dim: usize,
-    style: RopeStyle,
-    angles: &Angles<'_>,
-) {
-    let count = angles.pairs;
-    assert!(2 * count <= head_dim);
-    let width = heads * head_dim;
-    assert_eq!(x.len() * count, angles.cos.len() * width);
-    assert_eq!(angles.sin.len(), angles.cos.len());
-    by_rows(pool, width, x, |from, x| {
-        for (row, x) in x.chunks_exact_mut(width).enumerate() {
-            let at = (from / width + row) * count;
-            let (cos, sin) = (&angles.cos[at..at + count], &angles.sin[at..at + count]);
-            for head in x.chunks_exact_mut(head_dim) {
-                match style {
-                    RopeStyle::Interleaved => {
-                        for ((pair, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
-                            let (a, b) = (pair[0], pair[1]);
-                            pair[0] = a * c - b * s;
-                            pair[1] = a * s + b * c;
-                        }
-                    }
-                    RopeStyle::Half => {
-                        let (first, second) = head[..2 * count].split_at_mut(count);
-                        for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                            (*a, *b) = (*a * c - *b * s, *a * s + *b * c);
-                        }
-                    }
+impl Angles<'_> {
+    /// Rotates the first `2 * pairs` elements of a head by the angles of `row`.
+    #[inline(always)]
+    pub(super) fn rotate(&self, style: RopeStyle, row: usize, head: &mut [f32]) {
+        let angles = row * self.pairs..(row + 1) * self.pairs;
+        let (cos, sin) = (&self.cos[angles.clone()], &self.sin[angles]);
+        let head = &mut head[..2 * self.pairs];
+        match style {
+            RopeStyle::Interleaved => {
+                for ((pair, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                    let (a, b) = (pair[0], pair[1]);
+                    pair[0] = a * c - b * s;
+                    pair[1] = a * s + b * c;
+                }
+            }
+            RopeStyle::Half => {
+                let (first, second) = head.split_at_mut(self.pairs);
+                for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                    (*a, *b) = (*a * c - *b * s, *a * s + *b * c);
                 }
             }
         }
-    });
+    }
 }
 
 /// Runs `task(offset, part)` on parts of `out` that are whole rows of `cols` values; on several threads if it is worth it.
@@ -308,7 +291,9 @@ mod tests {
         let x = values(3 * heads * dim, 2);
         for style in [RopeStyle::Interleaved, RopeStyle::Half] {
             let mut got = x.clone();
-            rope(&Pool::new(2), &mut got, heads, dim, style, &angles);
+            for (row, x) in got.chunks_exact_mut(heads * dim).enumerate() {
+                x.chunks_exact_mut(dim).for_each(|head| angles.rotate(style, row, head));
+            }
             let mut want: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
             for (row, position) in positions.into_iter().enumerate() {
                 for head in 0..heads {

@@ -1,5 +1,6 @@
 use super::*;
-use crate::kernels::cpu::{Isa, kv_write};
+use crate::kernels::cpu::{Angles, Isa, append};
+use crate::weights::RopeStyle;
 
 /// A batch of sequences with rows at their ends, and a cache that holds more than these.
 struct Case {
@@ -80,15 +81,11 @@ impl Case {
             let positions: Vec<u32> = (0..len as u32).collect();
             let sequences = vec![index as u32; len];
             let rows = Rows { sequences: &sequences, positions: &positions, tables: &tables };
-            kv_write(
-                pool,
-                &self.shape,
-                &mut keys,
-                &mut values,
-                &rows,
-                &batch.keys[index],
-                &batch.values[index],
-            );
+            // Nothing is rotated.
+            let rotation = (RopeStyle::Half, &Angles { pairs: 0, cos: &[], sin: &[] });
+            let mut new = batch.keys[index].clone();
+            let v = &batch.values[index];
+            append(pool, &self.shape, &mut keys, &mut values, &rows, rotation, &mut [], &mut new, v);
         }
         (keys, values)
     }
