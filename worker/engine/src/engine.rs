@@ -16,6 +16,7 @@ use crate::kernels::BLOCK;
 use crate::language::Language;
 use crate::model::Model;
 use crate::pace::Pace;
+use crate::sampler::Choice;
 use crate::scheduler::Scheduler;
 use crate::sequence::Sequence;
 use crate::{
@@ -291,11 +292,12 @@ impl Runner {
             return;
         }
         let streams = self.scheduler.stream_rows();
-        // Logits stay on the device if nobody looks at more than the greatest.
-        let greedy = self.scheduler.stepped().all(|sequence| sequence.greedy());
-        let result = catch_unwind(AssertUnwindSafe(|| match greedy {
-            true => Ok(self.model.greedy(&self.batch)),
-            false => Err(self.forward()),
+        // Logits stay on the device if it can choose for everybody.
+        let choices = self.scheduler.choices();
+        let choices = choices.filter(|choices| self.model.samples() || choices.iter().all(Choice::is_greedy));
+        let result = catch_unwind(AssertUnwindSafe(|| match choices {
+            Some(choices) => Ok(self.model.choose(&self.batch, &choices)),
+            None => Err(self.forward()),
         }));
         match result {
             Ok(Ok(mut tokens)) => self.take(&mut tokens),

@@ -13,6 +13,7 @@ use crate::fairness::Accounts;
 use crate::kernels::BLOCK;
 use crate::kv::BlockPool;
 use crate::pace::Pace;
+use crate::sampler::Choice;
 use crate::sequence::Sequence;
 use crate::{Priority, SequenceId};
 
@@ -265,6 +266,19 @@ impl Scheduler {
     pub fn stepped(&mut self) -> impl Iterator<Item = &mut Sequence> {
         let stepped = self.running.iter_mut().filter(|running| running.rows > 0);
         stepped.map(|running| &mut running.sequence)
+    }
+
+    /// How the planned step's outputs are chosen, in the batch's order; `None` if one of its sequences takes its logits on the
+    /// host.
+    pub fn choices(&self) -> Option<Vec<Choice>> {
+        let mut choices = Vec::new();
+        for Running { sequence, rows } in self.running.iter().filter(|running| running.rows > 0) {
+            let own = sequence.choices()?;
+            if *rows == sequence.pending().len() {
+                choices.extend(own);
+            }
+        }
+        Some(choices)
     }
 
     /// Those of them that wait for a token.

@@ -9,6 +9,7 @@ use std::time::Instant;
 use crate::guide::Guide;
 use crate::kv::Table;
 use crate::pace::Pace;
+use crate::sampler::Choice;
 use crate::speculation::{Chance, Drafter};
 use crate::{
     Detokenizer, Event, Finish, FinishReason, Priority, Request, RequestError, Sampling, SequenceId,
@@ -211,10 +212,15 @@ impl Sequence {
         self.guide.as_mut()
     }
 
-    /// Whether the next token is the one with the greatest logit, whatever the others are.
-    pub fn greedy(&self) -> bool {
-        let Sampling { temperature, presence_penalty, frequency_penalty, .. } = self.sampling;
-        self.guide.is_none() && temperature <= 0.0 && presence_penalty == 0.0 && frequency_penalty == 0.0
+    /// How the next token is chosen, and one behind each guess; `None` if penalties or a grammar must change its logits first.
+    pub fn choices(&self) -> Option<impl Iterator<Item = Choice>> {
+        let Sampling { presence_penalty, frequency_penalty, .. } = self.sampling;
+        if self.guide.is_some() || presence_penalty != 0.0 || frequency_penalty != 0.0 {
+            return None;
+        }
+        let next = self.position();
+        let positions = next..=next + self.draft.tokens.len() as u64;
+        Some(positions.map(|position| Choice::new(&self.sampling, position)))
     }
 
     /// Chooses the next token from the logits behind the last one; they are overwritten.
@@ -225,8 +231,12 @@ impl Sequence {
         if let Some(guide) = &self.guide {
             guide.mask(logits)?;
         }
-        let position = (self.tokens.len() - self.prompt) as u64;
-        Ok(sample(logits, &self.sampling, &self.counts, position))
+        Ok(sample(logits, &self.sampling, &self.counts, self.position()))
+    }
+
+    /// Index of the next token in the generated text.
+    fn position(&self) -> u64 {
+        (self.tokens.len() - self.prompt) as u64
     }
 
     /// Puts a token behind the others and looks what it means for the text.

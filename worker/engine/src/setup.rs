@@ -13,6 +13,7 @@ use crate::kernels::gpu;
 use crate::kernels::{BLOCK, Kernels};
 use crate::language::Language;
 use crate::model::{self, Model, Setup};
+use crate::sampler::Choice;
 use crate::weights::{Checkpoint, ModelConfig};
 use crate::{BackendKind, LoadError, LoadOptions, ModelInfo};
 
@@ -193,7 +194,7 @@ fn warm_up(model: &mut dyn Model) {
         batch.clear();
         let blocks = vec![0; position / BLOCK + 1];
         (0..rows).for_each(|_| batch.push(&[0], position, &blocks, 1));
-        model.greedy(&batch);
+        model.choose(&batch, &vec![Choice::LIKELIEST; rows]);
     }
 }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::cases::cases;
+use common::cases::{Case, cases};
 use common::listener::{Listener, options};
 use stoker_engine::bench::Probe;
 use stoker_engine::*;
@@ -35,4 +35,21 @@ fn greedy_texts_are_the_references() {
         assert_eq!(heard.tokens, case.tokens[..6]);
         assert!(case.text.starts_with(&heard.text));
     }
+}
+
+#[test]
+fn drawn_texts_are_the_cpus() {
+    let sampling = Sampling { temperature: 0.8, top_p: 0.9, seed: 7, ..Sampling::default() };
+    let requests = || {
+        let drawn = |(case, id): (Case, u64)| Request { sampling: sampling.clone(), ..case.request(id) };
+        let requests = cases().into_iter().rev().take(2).zip(0..).map(drawn);
+        requests.map(|request| Request { max_tokens: Some(6), ..request }).collect()
+    };
+    let texts = |options| {
+        let heard = Listener::load(options).run(requests());
+        heard.into_iter().map(|heard| heard.tokens).collect::<Vec<_>>()
+    };
+    let cpu = texts(options());
+    assert!(cpu.iter().all(|tokens| tokens.len() > 3));
+    assert_eq!(texts(on_wgpu()), cpu);
 }

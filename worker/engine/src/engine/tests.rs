@@ -23,6 +23,8 @@ const BOOM: u32 = 49151;
 /// Remembers digests instead of keys and values: of a token, and of all that was before it as the cache had it.
 struct Toy {
     memory: Vec<[u64; BLOCK]>,
+    /// Whether it draws tokens itself.
+    samples: bool,
 }
 
 impl Model for Toy {
@@ -49,6 +51,10 @@ impl Model for Toy {
     }
 
     fn recycle(&mut self, _: Vec<f32>) {}
+
+    fn samples(&self) -> bool {
+        self.samples
+    }
 
     fn vocabulary(&self) -> usize {
         VOCABULARY
@@ -137,8 +143,13 @@ fn info(slots: u32) -> ModelInfo {
 }
 
 fn runner(slots: u32, blocks: usize) -> (Runner, Ears) {
+    runner_that(true, slots, blocks)
+}
+
+/// `samples`: whether its model draws tokens itself.
+fn runner_that(samples: bool, slots: u32, blocks: usize) -> (Runner, Ears) {
     let ears = Ears::default();
-    let model = Box::new(Toy { memory: vec![[u64::MAX; BLOCK]; blocks] });
+    let model = Box::new(Toy { memory: vec![[u64::MAX; BLOCK]; blocks], samples });
     let language = crate::language::tests::smollm2();
     let ready = Ready { model, language, info: info(slots), blocks, speculation: true };
     (Runner::new(ready, Arc::default(), ears.sink()), ears)
@@ -180,9 +191,9 @@ impl Runner {
     }
 }
 
-/// What a request yields in an engine of its own with room for everything, token by token.
+/// What a request yields in an engine of its own with room for everything, token by token, each drawn on the host.
 fn alone(request: &Request) -> Heard {
-    let (mut runner, ears) = runner(1, CONTEXT.div_ceil(BLOCK));
+    let (mut runner, ears) = runner_that(false, 1, CONTEXT.div_ceil(BLOCK));
     runner.pace.fixed_draft = Some(0);
     runner.submit(request.clone());
     runner.finish();

@@ -14,13 +14,14 @@ mod step;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
 pub(crate) use step::{KvLayer, Rotation, Step};
 
+use crate::sampler::{self, Choice};
 use crate::weights::{Activation, TensorView};
 
 /// Positions in one block of the KV cache.
@@ -85,6 +86,10 @@ pub(crate) trait Kernels: Backend {
     /// Decoding steps for which the backend compiles kernels of their own: numbers of rows, and the position that they are
     /// at.
     const STEPS: &'static [(usize, usize)] = &[(1, BLOCK - 1)];
+
+    /// Whether [`choose`](Self::choose) draws tokens where the logits are. If not, they are on the host anyway, and it serves
+    /// for the likeliest only: for any other, the engine's tasks choose beside what else they do for their sequences.
+    const SAMPLES: bool = false;
 
     /// `x` over its root mean square, times `weight` `[features]`.
     fn rms_norm(
@@ -166,16 +171,21 @@ pub(crate) trait Kernels: Backend {
         None
     }
 
-    /// The index of each row's greatest logit, the first of several.
-    fn argmax(context: &Self::Context, logits: Tensor<Self, 2>) -> Vec<u32> {
-        let [rows, width] = logits.dims();
-        let values = Self::read(context, logits);
-        let found: Vec<_> = (0..rows).map(|_| AtomicU32::new(0)).collect();
-        Self::parallel(context, rows, &|row| {
-            found[row].store(crate::argmax(&values[row * width..][..width]), Relaxed);
+    /// A token for each row of `logits`, `[choices.len(), vocabulary]`: what [`sampler::choose`] chooses, but for rounding.
+    fn choose(context: &Self::Context, logits: Tensor<Self, 2>, choices: &[Choice]) -> Vec<u32> {
+        let [_, width] = logits.dims();
+        let mut values = Self::read(context, logits);
+        let rows = values.chunks_exact_mut(width).zip(choices);
+        let rows: Vec<_> = rows.map(|(logits, choice)| Mutex::new((logits, choice, 0))).collect();
+        Self::parallel(context, rows.len(), &|row| {
+            let mut row = rows[row].lock().unwrap_or_else(PoisonError::into_inner);
+            let (logits, choice, token) = &mut *row;
+            *token = sampler::choose(logits, choice);
         });
+        let token = |row: Mutex<(_, _, u32)>| row.into_inner().unwrap_or_else(PoisonError::into_inner).2;
+        let tokens = rows.into_iter().map(token).collect();
         Self::recycle(context, values);
-        found.into_iter().map(AtomicU32::into_inner).collect()
+        tokens
     }
 
     /// Brings rows of logits to the host, one after another.

@@ -57,6 +57,12 @@ impl<B: Kernels> Subject<'_, B> {
         }
     }
 
+    fn chosen(&self, logits: &[f32], choices: &[Choice]) -> Vec<u32> {
+        let shape = [choices.len(), logits.len() / choices.len()];
+        let logits = Tensor::from_data(TensorData::new(logits.to_vec(), shape), &self.device);
+        B::choose(self.context, logits, choices)
+    }
+
     fn greatest(&mut self) {
         let mut logits: Vec<f32> = (0..4 * 1000).map(|_| self.random.random_range(-9.0..9.0)).collect();
         // Ties, the last place, no number.
@@ -64,8 +70,50 @@ impl<B: Kernels> Subject<'_, B> {
         (logits[1000], logits[1999]) = (f32::NAN, 10.0);
         logits[2000..3000].fill(-2.5);
         let expected: Vec<u32> = logits.chunks_exact(1000).map(crate::argmax).collect();
-        let logits = Tensor::from_data(TensorData::new(logits, [4, 1000]), &self.device);
-        assert_eq!(B::argmax(self.context, logits), expected);
+        assert_eq!(self.chosen(&logits, &[Choice::LIKELIEST; 4]), expected);
+        // Of ties, the lowest ids are kept, and chosen from in their order; what is no number is not.
+        let choice = |top_k, random| Choice { temperature: 0.5, top_k, random, ..Choice::LIKELIEST };
+        logits[1000..1999].fill(f32::NAN);
+        logits[3000..].fill(f32::NAN);
+        let choices = [choice(2, 0.6), choice(0, 0.6), choice(100, 0.505), choice(0, 0.6)];
+        assert_eq!(self.chosen(&logits, &choices), [301, 999, 50, 0]);
+    }
+
+    /// Rows with many ties and rows with none, with filters of all kinds.
+    fn choices(&mut self, width: usize) {
+        const ROWS: usize = 48;
+        let random = &mut self.random;
+        let mut logits = Vec::new();
+        for row in 0..ROWS {
+            let coarse = row % 3 > 0;
+            let logit = |_| match random.random_range(-20.0f32..20.0) / 4.0 {
+                logit if coarse => (logit * 4.0).round() / 4.0,
+                logit => logit,
+            };
+            logits.extend((0..width).map(logit));
+            // Like a model's: a few are far likelier than all others.
+            for place in 0..width.min(5 * (row % 2)) {
+                logits[row * width + place * width / 5] += 12.0;
+            }
+            logits[row * width + row % width] = [f32::NAN, f32::NEG_INFINITY, 2.0][random.random_range(0..3)];
+        }
+        let choices: Vec<Choice> = (0..ROWS)
+            .map(|_| Choice {
+                temperature: [0.0, 0.3, 1.0, 1.7][random.random_range(0..4)],
+                top_k: [0, 0, 1, 2, 20, 5000][random.random_range(0..6)],
+                min_p: [0.0, 0.0, 0.05, 0.5, 1.0][random.random_range(0..5)],
+                // None that of twenty equal tokens is some exactly: where such a limit lies is a matter of rounding.
+                top_p: [0.13, 0.71, 0.93, 1.0][random.random_range(0..4)],
+                random: random.random(),
+            })
+            .collect();
+        let chosen = self.chosen(&logits, &choices);
+        assert_eq!(self.chosen(&logits, &choices), chosen, "chosen again");
+        for ((logits, choice), token) in logits.chunks_exact(width).zip(&choices).zip(chosen) {
+            let expected = sampler::choose(&mut logits.to_vec(), choice);
+            let right = token == expected || is_on_the_border(logits, choice, token);
+            assert!(right, "{token}, not {expected} of {width}, with {choice:?}");
+        }
     }
 
     /// One input through two matrices, at numbers of rows for which different kernels may be chosen.
@@ -148,12 +196,32 @@ impl<B: Kernels> Subject<'_, B> {
     }
 }
 
+/// Whether rounding may be why a token is chosen: its part of the running sum of the weights is next to the random number, or
+/// would be if rounding had not left it out, as likely as the last that were kept.
+fn is_on_the_border(logits: &[f32], choice: &Choice, token: u32) -> bool {
+    const NEAR: f64 = 1e-4;
+    if choice.is_greedy() {
+        return false;
+    }
+    let mut kept = sampler::tests::kept(logits, choice);
+    let least = kept.last().expect("one is kept").0;
+    kept.sort_by_key(|(id, _)| *id);
+    let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+    let before: f64 = kept.iter().take_while(|(id, _)| *id < token).map(|(_, weight)| weight).sum();
+    let own = kept.iter().find(|(id, _)| *id == token).map(|(_, weight)| *weight);
+    let begin = before / total - NEAR;
+    let end = (before + own.unwrap_or(0.0)) / total + NEAR;
+    let known = own.is_some() || logits[token as usize] == logits[least as usize];
+    known && (begin..=end).contains(&choice.random)
+}
+
 fn check<B: Kernels>(context: &B::Context, device: B::Device) {
     let mut subject = Subject::<B> { context, device, random: StdRng::seed_from_u64(11) };
     for (rows, width) in [(5, 96), (1, 1), (3, 1030), (2, 577)] {
         subject.rows(rows, width);
     }
     subject.greatest();
+    [3, 50, 3000, 50_000].into_iter().for_each(|width| subject.choices(width));
     for dtype in DType::ALL {
         subject.products(dtype, 48, 512);
         subject.products(dtype, 131, 768);

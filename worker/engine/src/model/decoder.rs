@@ -13,6 +13,7 @@ use super::{Cost, Model, Rope, Setup};
 use crate::LoadError;
 use crate::batch::Batch;
 use crate::kernels::{HeadNorms, Heads, Kernels, KvLayer, Limits, Step};
+use crate::sampler::Choice;
 use crate::weights::{Activation, Checkpoint, ModelConfig};
 
 struct Layer<B: Kernels> {
@@ -177,8 +178,12 @@ impl<B: Kernels> Model for Decoder<B> {
         self.logits(batch).map_or(Vec::new(), |logits| B::read(&self.context, logits))
     }
 
-    fn greedy(&mut self, batch: &Batch) -> Vec<u32> {
-        self.logits(batch).map_or(Vec::new(), |logits| B::argmax(&self.context, logits))
+    fn choose(&mut self, batch: &Batch, choices: &[Choice]) -> Vec<u32> {
+        self.logits(batch).map_or(Vec::new(), |logits| B::choose(&self.context, logits, choices))
+    }
+
+    fn samples(&self) -> bool {
+        B::SAMPLES
     }
 
     fn steps(&self) -> &'static [(usize, usize)] {

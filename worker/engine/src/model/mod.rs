@@ -8,10 +8,11 @@ mod embedding;
 mod layers;
 mod rope;
 
+use crate::LoadError;
 use crate::batch::Batch;
 use crate::kernels::{Kernels, Limits};
+use crate::sampler::{self, Choice};
 use crate::weights::Checkpoint;
-use crate::{LoadError, argmax};
 
 pub(crate) use decoder::{heads, rope_of, ropes};
 pub(crate) use rope::Rope;
@@ -25,12 +26,16 @@ pub(crate) trait Model {
     /// Takes back what [`forward`](Self::forward) gave: at many sequences, fresh memory for it would show.
     fn recycle(&mut self, logits: Vec<f32>);
 
-    /// Like [`forward`](Self::forward), for when only the likeliest token of each output is wanted: what leaves the
-    /// device is one number instead of a row.
-    fn greedy(&mut self, batch: &Batch) -> Vec<u32> {
-        let logits = self.forward(batch);
-        logits.chunks_exact(self.vocabulary()).map(argmax).collect()
+    /// Like [`forward`](Self::forward), for when of each output only the token is wanted that a choice makes of it: what leaves
+    /// the device is one number instead of a row.
+    fn choose(&mut self, batch: &Batch, choices: &[Choice]) -> Vec<u32> {
+        let mut logits = self.forward(batch);
+        let rows = logits.chunks_exact_mut(self.vocabulary()).zip(choices);
+        rows.map(|(logits, choice)| sampler::choose(logits, choice)).collect()
     }
+
+    /// See [`Kernels::SAMPLES`].
+    fn samples(&self) -> bool;
 
     /// See [`Kernels::STEPS`].
     fn steps(&self) -> &'static [(usize, usize)] {

@@ -39,31 +39,67 @@ impl TokenCounts {
     }
 }
 
+/// How a token is chosen from its logits, once penalties are applied: all that a device must know to choose by itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Choice {
+    /// See [`Sampling`], as for the next three. What is not above 0 takes the likeliest.
+    pub temperature: f32,
+    /// 0: all.
+    pub top_k: u32,
+    /// 0: all.
+    pub min_p: f32,
+    /// 1: all.
+    pub top_p: f32,
+    /// The token's random number, in [0, 1).
+    pub random: f64,
+}
+
+impl Choice {
+    /// The likeliest, whatever the others are.
+    pub const LIKELIEST: Self = Self { temperature: 0.0, top_k: 0, min_p: 0.0, top_p: 1.0, random: 0.0 };
+
+    /// That of the token at `position`, its index in the generated text, counted from 0.
+    pub fn new(sampling: &Sampling, position: u64) -> Self {
+        let &Sampling { temperature, top_k, min_p, top_p, seed, .. } = sampling;
+        Self { temperature, top_k, min_p, top_p, random: uniform(seed, position) }
+    }
+
+    /// Whether it is the likeliest that is taken.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature.is_nan() || self.temperature <= 0.0
+    }
+}
+
 /// The next token. `position` is its index in the generated text, counted from 0; `logits` is overwritten.
 ///
 /// Logits may be anything: one that is no number is never chosen, unless all are. Ties go to the lowest id.
 pub fn sample(logits: &mut [f32], sampling: &Sampling, counts: &TokenCounts, position: u64) -> u32 {
     penalise(logits, sampling, counts);
+    choose(logits, &Choice::new(sampling, position))
+}
+
+/// The same without penalties.
+pub(crate) fn choose(logits: &mut [f32], choice: &Choice) -> u32 {
     let likeliest = argmax(logits);
     let max = logits.get(likeliest as usize).copied().unwrap_or(f32::NAN);
-    if !(sampling.temperature > 0.0 && max.is_finite()) {
+    if choice.is_greedy() || !max.is_finite() {
         return likeliest;
     }
     let weights = logits;
-    lanes::to_weights(weights, max, sampling.temperature);
-    if sampling.top_k > 0 && (sampling.top_k as usize) < weights.len() {
-        let k = u64::from(sampling.top_k);
+    lanes::to_weights(weights, max, choice.temperature);
+    if choice.top_k > 0 && (choice.top_k as usize) < weights.len() {
+        let k = u64::from(choice.top_k);
         keep_likeliest(weights, |count, _, _| count >= k);
     }
-    if sampling.min_p > 0.0 {
+    if choice.min_p > 0.0 {
         // The likeliest has weight 1.
-        lanes::zero_below(weights, sampling.min_p);
+        lanes::zero_below(weights, choice.min_p);
     }
-    if sampling.top_p < 1.0 {
-        let p = f64::from(sampling.top_p);
+    if choice.top_p < 1.0 {
+        let p = f64::from(choice.top_p);
         keep_likeliest(weights, |_, mass, total| mass >= p * total);
     }
-    pick(weights, uniform(sampling.seed, position)).unwrap_or(likeliest)
+    pick(weights, choice.random).unwrap_or(likeliest)
 }
 
 /// OpenAI's penalties.
@@ -189,12 +225,12 @@ fn pick(weights: &[f32], u: f64) -> Option<u32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
 
-    fn choose(logits: &[f32], sampling: &Sampling, position: u64) -> u32 {
+    fn drawn(logits: &[f32], sampling: &Sampling, position: u64) -> u32 {
         sample(&mut logits.to_vec(), sampling, &TokenCounts::new(), position)
     }
 
@@ -204,11 +240,11 @@ mod tests {
         let mut logits = vec![-1.0f32; 5000];
         logits[4100] = 3.0;
         logits[4200] = 3.0;
-        assert_eq!(choose(&logits, &greedy, 0), 4100);
+        assert_eq!(drawn(&logits, &greedy, 0), 4100);
         logits[17] = f32::NAN;
-        assert_eq!(choose(&logits, &greedy, 0), 4100);
+        assert_eq!(drawn(&logits, &greedy, 0), 4100);
         logits[4999] = f32::INFINITY;
-        assert_eq!(choose(&logits, &greedy, 0), 4999);
+        assert_eq!(drawn(&logits, &greedy, 0), 4999);
     }
 
     #[test]
@@ -249,8 +285,8 @@ mod tests {
         assert_eq!(logits, [0.0, 0.0, 0.25]);
     }
 
-    /// The kept set by sorting everything.
-    fn kept(logits: &[f32], s: &Sampling) -> Vec<(u32, f64)> {
+    /// The kept set by sorting everything: ids and weights, the likeliest first.
+    pub(crate) fn kept(logits: &[f32], s: &Choice) -> Vec<(u32, f64)> {
         let max = logits.iter().copied().fold(f32::MIN, f32::max);
         let mut all: Vec<(u32, f64)> = logits
             .iter()
@@ -289,12 +325,12 @@ mod tests {
                 seed: round as u64,
                 ..Sampling::default()
             };
-            let kept = kept(&logits, &sampling);
+            let kept = kept(&logits, &Choice::new(&sampling, 0));
             let total: f64 = kept.iter().map(|(_, w)| w).sum();
             const DRAWS: u64 = 4000;
             let mut seen: HashMap<u32, u64> = HashMap::new();
             for position in 0..DRAWS {
-                *seen.entry(choose(&logits, &sampling, position)).or_default() += 1;
+                *seen.entry(drawn(&logits, &sampling, position)).or_default() += 1;
             }
             for (id, w) in &kept {
                 let expected = w / total * DRAWS as f64;
@@ -310,9 +346,9 @@ mod tests {
     fn a_choice_depends_on_seed_and_position_alone() {
         let logits: Vec<f32> = (0..50_000).map(|i| (i % 97) as f32 / 30.0).collect();
         let s = |seed| Sampling { temperature: 1.0, top_p: 0.9, seed, ..Sampling::default() };
-        let run = |seed| (0..50).map(|p| choose(&logits, &s(seed), p)).collect::<Vec<_>>();
+        let run = |seed| (0..50).map(|p| drawn(&logits, &s(seed), p)).collect::<Vec<_>>();
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
-        assert_eq!(run(1)[49], choose(&logits, &s(1), 49));
+        assert_eq!(run(1)[49], drawn(&logits, &s(1), 49));
     }
 }

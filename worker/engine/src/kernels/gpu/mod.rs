@@ -7,8 +7,8 @@
 //! Tensors between the kernels are contiguous and in f32. A step sends the device its tokens' embeddings and the
 //! [`Tables`], and waits for nothing but its result.
 
-mod argmax;
 mod attention;
+mod choose;
 mod device;
 mod gate;
 mod linear;
@@ -32,6 +32,7 @@ pub(crate) use device::wgpu;
 pub(super) use tables::Tables;
 
 use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Step};
+use crate::sampler::Choice;
 use crate::weights::Activation;
 use matrix::Matrix;
 
@@ -43,6 +44,7 @@ impl<R: CubeRuntime, T: BoolElement> Kernels for Gpu<R, T> {
     type Weight = Matrix;
 
     const STEPS: &'static [(usize, usize)] = &[(1, BLOCK), (4, BLOCK), (8, BLOCK), (1, attention::CHUNK)];
+    const SAMPLES: bool = true;
 
     fn rms_norm((): &(), x: Tensor<Self, 2>, weight: &Tensor<Self, 1>, eps: f32) -> Tensor<Self, 2> {
         wrap(norm::rms_norm(bare(x), bare(weight.clone()), eps))
@@ -111,8 +113,8 @@ impl<R: CubeRuntime, T: BoolElement> Kernels for Gpu<R, T> {
         wrap(gate::gated(bare(gate), bare(up), activation))
     }
 
-    fn argmax((): &(), logits: Tensor<Self, 2>) -> Vec<u32> {
-        argmax::argmax(bare(logits))
+    fn choose((): &(), logits: Tensor<Self, 2>, choices: &[Choice]) -> Vec<u32> {
+        choose::choose(bare(logits), choices)
     }
 }
 

@@ -6,8 +6,14 @@ use burn_cubecl::cubecl::prelude::*;
 /// The sum of every unit's `value`, known to all of them. `units`, a power of two, is how many there are.
 #[cube]
 pub(super) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
-    let unit = UNIT_POS as usize;
     let mut shared = SharedMemory::<f32>::new(units);
+    cube_sum_in(&mut shared, value, units)
+}
+
+/// The same in memory for as many numbers, which is free again at once.
+#[cube]
+pub(super) fn cube_sum_in(shared: &mut SharedMemory<f32>, value: f32, #[comptime] units: usize) -> f32 {
+    let unit = UNIT_POS as usize;
     shared[unit] = value;
     sync_cube();
     let mut half = comptime!(units / 2).runtime();
@@ -19,7 +25,9 @@ pub(super) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
         sync_cube();
         half /= 2;
     }
-    shared[0]
+    let sum = shared[0];
+    sync_cube();
+    sum
 }
 
 /// The sum of a vector's elements.
