@@ -1,5 +1,5 @@
-//! Large pages, because a decoding step reads all weights and cached positions once, and with small pages spends a tenth of
-//! its time on address translation. Weights are put into chunks of memory that lie on them.
+//! Memory for weights: large chunks that lie on large pages, because a decoding step reads all weights once and with
+//! small pages spends a tenth of its time on address translation.
 
 use std::sync::{Arc, Mutex};
 
@@ -76,22 +76,6 @@ impl Piece {
     fn pointer(&self) -> *mut u8 {
         self.chunk.map.as_mut_ptr().wrapping_add(self.chunk.start + self.offset)
     }
-}
-
-/// Asks for large pages for memory that has not been written yet.
-pub fn on_large_pages<T>(memory: &mut [T]) {
-    #[cfg(target_os = "linux")]
-    {
-        let bytes = memory.as_mut_ptr_range();
-        let (start, end) = ((bytes.start as usize).next_multiple_of(PAGE), bytes.end as usize / PAGE * PAGE);
-        if start < end {
-            // SAFETY: the range lies within `memory`; which pages it is on changes nothing that a program sees. Only advice:
-            // without large pages it is slower, not wrong.
-            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = memory;
 }
 
 #[cfg(test)]

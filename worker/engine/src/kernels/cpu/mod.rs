@@ -19,7 +19,6 @@ pub use cache::{Element, KvShape, Rows, append};
 pub use isa::Isa;
 pub use limits::{float_peak, read_bandwidth};
 pub use linear::{linear, linear_many};
-pub use memory::on_large_pages;
 pub use pack::{PackError, Packed, embedding_row};
 pub use pool::Pool;
 pub use rows::{Angles, add, add_rms_norm, gated, rms_norm};
