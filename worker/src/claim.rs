@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use stoker_shared::backoff::Backoff;
 use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{Claim, Claimed, JobRow, JobState, Liveness, PortResult};
 use tokio::sync::OwnedSemaphorePermit;
@@ -12,7 +13,6 @@ use tracing::{debug, info, warn};
 
 use crate::attempt::Phase;
 use crate::shared::Shared;
-use crate::tasks::Backoff;
 use crate::ticket::Ticket;
 use crate::{dead, handover, settle};
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use stoker_shared::backoff::Backoff;
 use stoker_shared::ports::{Committed, Ending};
 use tokio::sync::mpsc;
 use tracing::{error, warn};
@@ -16,7 +17,6 @@ use crate::attempt::{Attempt, End};
 use crate::meter::Sample;
 use crate::settle::{self, Answer};
 use crate::shared::Shared;
-use crate::tasks::Backoff;
 use crate::ticket::Ticket;
 use crate::{claim, outcome};
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use metrics::counter;
 use serde_json::Value;
+use stoker_shared::backoff::Backoff;
 use stoker_shared::job::{self, Job};
 use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{DeadLetter, Delivery, Destination, Message};
@@ -12,7 +13,6 @@ use stoker_shared::telemetry::metric;
 use tracing::warn;
 
 use crate::shared::{Served, Shared};
-use crate::tasks::Backoff;
 use crate::ticket::{Ticket, Waiter};
 use crate::{outcome, settle};
 

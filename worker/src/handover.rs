@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_engine::SequenceId;
+use stoker_shared::backoff::Backoff;
 use tracing::{info, warn};
 
 use crate::attempt::{Attempt, Phase};
 use crate::claim;
 use crate::shared::Shared;
-use crate::tasks::Backoff;
 
 /// How long a delivery may be kept: RabbitMQ closes a channel that holds one for 30 minutes.
 pub(crate) const LONGEST_ATTEMPT: Duration = Duration::from_secs(25 * 60);

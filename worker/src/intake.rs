@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
+use stoker_shared::backoff::Backoff;
 use stoker_shared::job::Lane;
 use stoker_shared::ports::{Consumer, Delivery, Source};
 use tracing::{debug, warn};
 
 use crate::attempt::{Attempt, Phase};
 use crate::shared::{Served, Shared};
-use crate::tasks::Backoff;
 use crate::ticket::{Ticket, Waiter};
 use crate::{claim, dead, opening};
 

@@ -10,6 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use stoker_engine::{ChatMessage, Constraint, Priority, Prompt, Request, Sampling, SequenceId};
+use stoker_shared::backoff::Backoff;
 use stoker_shared::job::{DEFAULT_TEMPERATURE, Job, Lane};
 use stoker_shared::outcome::FinishReason;
 use stoker_shared::ports::{LogHeader, Opened, Opening};
@@ -20,7 +21,6 @@ use tracing::{info, warn};
 use crate::attempt::{self, Attempt, Phase};
 use crate::replay::Replay;
 use crate::shared::Shared;
-use crate::tasks::Backoff;
 use crate::ticket::Ticket;
 use crate::{claim, outbox};
 
@@ -58,13 +58,18 @@ fn openings(shared: &Shared, numbers: &mut Vec<u64>) -> Vec<Opening> {
     let mut openings = Vec::with_capacity(numbers.len());
     let mut table = shared.table();
     numbers.retain(|number| match table.get(*number) {
-        Some(attempt) if attempt.phase == Phase::Opening || attempt.phase == Phase::Running => {
+        Some(attempt) if is_opening(attempt) => {
             openings.push(opening_of(shared, attempt));
             true
         }
         _ => false,
     });
     openings
+}
+
+/// Whether an attempt that was sent here is still to be answered: it waits for its log, or runs meanwhile.
+fn is_opening(attempt: &Attempt) -> bool {
+    matches!(attempt.phase, Phase::Opening | Phase::Running)
 }
 
 /// Whether an attempt may run while its log is being opened, if nobody else can have made one before: not if it would
@@ -99,9 +104,8 @@ fn start(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
     let mut ended = Vec::new();
     let mut table = shared.table();
     for (&number, answer) in numbers.iter().zip(answers) {
-        let Some(attempt) = table.get(number) else { continue };
+        let Some(attempt) = table.get(number).filter(|a| is_opening(a)) else { continue };
         match answer {
-            _ if attempt.phase != Phase::Opening && attempt.phase != Phase::Running => {}
             Opened::Superseded { epoch } => superseded.push((number, epoch)),
             // The records, if any, are its own: they opened the log.
             Opened::Started { cancelled, .. } if attempt.phase == Phase::Running => {

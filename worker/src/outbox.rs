@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::future::join_all;
 use stoker_engine::{Event, Sink};
+use stoker_shared::backoff::Backoff;
 use stoker_shared::frame::Frame;
 use stoker_shared::ports::{Append, AppendReport, Appended, Opened, Opening, PortResult};
 use tokio::sync::Notify;
@@ -20,7 +21,6 @@ use crate::attempt::{Attempt, Phase, Table};
 use crate::commit::Ended;
 use crate::replay::Replay;
 use crate::shared::Shared;
-use crate::tasks::Backoff;
 use crate::{claim, handover, opening};
 
 /// Most frames of one step, so that a bus with one thread is not kept from others for long.

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use stoker_shared::backoff::Backoff;
 use stoker_shared::ports::{Control, Liveness, PRESENCE_PERIOD, ServedModel, WorkerPresence};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -14,7 +15,6 @@ use tracing::{info, warn};
 
 use crate::attempt::Attempt;
 use crate::shared::Shared;
-use crate::tasks::Backoff;
 use crate::{handover, outbox};
 
 const PERIOD: Duration = Duration::from_secs(1);

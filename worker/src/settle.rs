@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use stoker_shared::backoff::Backoff;
 use stoker_shared::ports::{Destination, Message, PublishError};
 use tracing::{debug, warn};
 use uuid::Uuid;
@@ -11,7 +12,6 @@ use uuid::Uuid;
 use crate::attempt::Attempt;
 use crate::commit::Ended;
 use crate::shared::Shared;
-use crate::tasks::Backoff;
 use crate::ticket::Waiter;
 use crate::{dead, outcome};
 

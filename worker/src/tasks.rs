@@ -2,7 +2,6 @@
 
 use std::future::Future;
 
-pub(crate) use stoker_shared::backoff::Backoff;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 

@@ -131,9 +131,7 @@ impl State {
         if let Some(opening) = &job.opening {
             match self.log(job.key) {
                 None => drop(self.open(opening)),
-                Some(log) if log.header.epoch == job.epoch && log.header != opening.header => {
-                    return Appended::Superseded;
-                }
+                Some(log) if log.is_newer_than(&opening.header) => return Appended::Superseded,
                 Some(_) => {}
             }
         }

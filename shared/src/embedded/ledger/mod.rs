@@ -274,21 +274,19 @@ impl Ledger for SqliteLedger {
                     params![now_ms(), PURGE_ROWS],
                 )?;
                 // Ids rise with time, so the oldest are found without an index of times.
-                if retention.dead_letters_s > 0 {
-                    total += db.execute(
-                        "DELETE FROM dead_letters WHERE id IN (SELECT id FROM
-                            (SELECT id, created_at FROM dead_letters ORDER BY id LIMIT ?2)
-                         WHERE created_at <= ?1)",
-                        params![before(retention.dead_letters_s.saturating_mul(1000)), PURGE_ROWS],
-                    )?;
-                }
-                if retention.requests_s > 0 {
-                    total += db.execute(
-                        "DELETE FROM llm_requests WHERE id IN (SELECT id FROM
-                            (SELECT id, created_at FROM llm_requests ORDER BY id LIMIT ?2)
-                         WHERE created_at <= ?1)",
-                        params![before(retention.requests_s.saturating_mul(1000)), PURGE_ROWS],
-                    )?;
+                for (table, kept_s) in
+                    [("dead_letters", retention.dead_letters_s), ("llm_requests", retention.requests_s)]
+                {
+                    if kept_s > 0 {
+                        total += db.execute(
+                            &format!(
+                                "DELETE FROM {table} WHERE id IN (SELECT id FROM
+                                    (SELECT id, created_at FROM {table} ORDER BY id LIMIT ?2)
+                                 WHERE created_at <= ?1)"
+                            ),
+                            params![before(kept_s.saturating_mul(1000)), PURGE_ROWS],
+                        )?;
+                    }
                 }
                 Ok(total as u64)
             })
