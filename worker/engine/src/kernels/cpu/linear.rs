@@ -9,6 +9,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod floats;
+#[cfg(target_arch = "x86_64")]
+mod instances;
 mod portable;
 
 use std::cell::RefCell;
@@ -177,11 +179,11 @@ fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, inputs: Range<usize>, gr
 
 fn kernel(isa: Isa, layout: Layout) -> Kernel {
     match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => instances::kernel::<avx2::Avx2>(layout),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => instances::kernel::<avx512::Avx512>(layout),
         Isa::Portable => portable::tile,
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::kernel(layout),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => avx512::kernel(layout),
         #[cfg(not(target_arch = "x86_64"))]
         _ => portable::tile,
     }

@@ -3,122 +3,58 @@
 
 use std::arch::x86_64::*;
 
-use super::{Group, Kernel, TILE};
+use super::Group;
+use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Tile, layout_of};
 use crate::kernels::cpu::activations::Activations;
-use crate::kernels::cpu::format::{Layout, Scales};
 use crate::kernels::cpu::pack::LANES;
 
-/// The kernel for a layout.
-pub(super) fn kernel(layout: Layout) -> Kernel {
-    match (layout.bits, layout.scales) {
-        (4, Scales::Plain) => tile::<4, PLAIN>,
-        (4, Scales::Offset) => tile::<4, OFFSET>,
-        (4, Scales::Nested) => tile::<4, NESTED>,
-        (5, Scales::Plain) => tile::<5, PLAIN>,
-        (5, Scales::Offset) => tile::<5, OFFSET>,
-        (5, Scales::Nested) => tile::<5, NESTED>,
-        (6, Scales::Halves) => tile::<6, HALVES>,
-        (8, Scales::Plain) => tile::<8, PLAIN>,
-        other => unreachable!("no format has {other:?}"),
-    }
-}
+pub(super) struct Avx2;
 
-const PLAIN: u8 = 0;
-const OFFSET: u8 = 1;
-const NESTED: u8 = 2;
-const HALVES: u8 = 3;
-
-const fn layout_of<const BITS: u32, const SCALES: u8>() -> Layout {
-    let scales = match SCALES {
-        PLAIN => Scales::Plain,
-        OFFSET => Scales::Offset,
-        NESTED => Scales::Nested,
-        _ => Scales::Halves,
-    };
-    let bias = if matches!(SCALES, PLAIN | HALVES) { 1 << (BITS - 1) } else { 0 };
-    Layout { bits: BITS, scales, bias }
-}
-
-/// See [`Kernel`].
-///
-/// # Safety
-/// Needs AVX2, FMA and F16C.
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<const BITS: u32, const SCALES: u8>(
-    group: &Group<'_>,
-    x: &Activations,
-    first: usize,
-    out: &mut [[f32; LANES]],
-) {
-    let layout = const { layout_of::<BITS, SCALES>() };
-    assert_eq!(group.layout, layout);
-    assert!(group.codes.len() >= x.blocks * layout.code_bytes());
-    assert!(group.scales.len() >= layout.scale_bytes(x.blocks));
-    assert!(group.codes.as_ptr().align_offset(32) == 0);
-    assert!(
-        first + out.len() <= x.rows
-            && x.codes.len() >= x.rows * x.blocks
-            && x.scales.len() >= x.rows * x.blocks
-    );
-    // SAFETY: `rows` has what was just checked.
-    unsafe {
-        match out.len() {
-            1 => rows::<BITS, SCALES, 1>(group, x, first, out),
-            2 => rows::<BITS, SCALES, 2>(group, x, first, out),
-            3 => rows::<BITS, SCALES, 3>(group, x, first, out),
-            4 => rows::<BITS, SCALES, 4>(group, x, first, out),
-            n => unreachable!("a tile of {n} rows of at most {TILE}"),
-        }
-    }
-}
-
-/// A tile of `T` rows.
-///
-/// # Safety
-/// Codes and scales of `x.blocks` blocks in the group, the codes aligned; `T` rows from `first` in `x`; `out` of `T`.
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
-    group: &Group<'_>,
-    x: &Activations,
-    first: usize,
-    out: &mut [[f32; LANES]],
-) {
-    let layout = const { layout_of::<BITS, SCALES>() };
-    // Eight of the sixteen rows at a time: as many as a vector holds.
-    for side in 0..2 {
-        let mut sums = [_mm256_setzero_ps(); T];
-        for block in 0..x.blocks {
-            // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
-            unsafe {
-                let codes = group.codes.as_ptr().add(block * layout.code_bytes() + 32 * side);
-                let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block, side);
-                let at = first * x.blocks + block;
-                let values = x.codes.as_ptr().add(at).cast::<i32>();
-                let row = x.blocks * 16;
-                if SCALES == HALVES {
-                    for (half, scale) in scales.into_iter().enumerate() {
-                        let dots = dot::<BITS, T, 4>(codes, values, row, 4 * half);
-                        for (t, (sum, dot)) in sums.iter_mut().zip(dots).enumerate() {
-                            let bias = half_sum(values.add(t * row + 8 * half)) * -layout.bias;
-                            let run = &*x.scales.as_ptr().add(at + t * x.blocks);
-                            *sum = scaled(dot, bias, scale, run.scale, *sum);
+impl Tile for Avx2 {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
+        group: &Group<'_>,
+        x: &Activations,
+        first: usize,
+        out: &mut [[f32; LANES]],
+    ) {
+        let layout = const { layout_of::<BITS, SCALES>() };
+        // Eight of the sixteen rows at a time: as many as a vector holds.
+        for side in 0..2 {
+            let mut sums = [_mm256_setzero_ps(); T];
+            for block in 0..x.blocks {
+                // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
+                unsafe {
+                    let codes = group.codes.as_ptr().add(block * layout.code_bytes() + 32 * side);
+                    let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block, side);
+                    let at = first * x.blocks + block;
+                    let values = x.codes.as_ptr().add(at).cast::<i32>();
+                    let row = x.blocks * 16;
+                    if SCALES == HALVES {
+                        for (half, scale) in scales.into_iter().enumerate() {
+                            let dots = dot::<BITS, T, 4>(codes, values, row, 4 * half);
+                            for (t, (sum, dot)) in sums.iter_mut().zip(dots).enumerate() {
+                                let bias = half_sum(values.add(t * row + 8 * half)) * -layout.bias;
+                                let run = &*x.scales.as_ptr().add(at + t * x.blocks);
+                                *sum = scaled(dot, bias, scale, run.scale, *sum);
+                            }
                         }
-                    }
-                } else {
-                    let dots = dot::<BITS, T, 8>(codes, values, row, 0);
-                    for (t, (sum, dot)) in sums.iter_mut().zip(dots).enumerate() {
-                        let run = &*x.scales.as_ptr().add(at + t * x.blocks);
-                        *sum = scaled(dot, -layout.bias * run.integer_sum, scales[0], run.scale, *sum);
-                        if SCALES != PLAIN {
-                            *sum = _mm256_fmadd_ps(scales[1], _mm256_set1_ps(run.sum), *sum);
+                    } else {
+                        let dots = dot::<BITS, T, 8>(codes, values, row, 0);
+                        for (t, (sum, dot)) in sums.iter_mut().zip(dots).enumerate() {
+                            let run = &*x.scales.as_ptr().add(at + t * x.blocks);
+                            *sum = scaled(dot, -layout.bias * run.integer_sum, scales[0], run.scale, *sum);
+                            if SCALES != PLAIN {
+                                *sum = _mm256_fmadd_ps(scales[1], _mm256_set1_ps(run.sum), *sum);
+                            }
                         }
                     }
                 }
             }
-        }
-        for (out, sum) in out.iter_mut().zip(sums) {
-            // SAFETY: 8 of 16 floats.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * side), sum) }
+            for (out, sum) in out.iter_mut().zip(sums) {
+                // SAFETY: 8 of 16 floats.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * side), sum) }
+            }
         }
     }
 }

@@ -5,127 +5,64 @@
 
 use std::arch::x86_64::*;
 
-use super::{Group, Kernel, TILE};
+use super::Group;
+use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Tile, layout_of};
 use crate::kernels::cpu::activations::{Activations, RunScale};
-use crate::kernels::cpu::format::{BLOCK, Layout, SUPER, Scales};
+use crate::kernels::cpu::format::{BLOCK, SUPER};
 use crate::kernels::cpu::pack::LANES;
-
-/// The kernel for a layout.
-pub(super) fn kernel(layout: Layout) -> Kernel {
-    match (layout.bits, layout.scales) {
-        (4, Scales::Plain) => tile::<4, PLAIN>,
-        (4, Scales::Offset) => tile::<4, OFFSET>,
-        (4, Scales::Nested) => tile::<4, NESTED>,
-        (5, Scales::Plain) => tile::<5, PLAIN>,
-        (5, Scales::Offset) => tile::<5, OFFSET>,
-        (5, Scales::Nested) => tile::<5, NESTED>,
-        (6, Scales::Halves) => tile::<6, HALVES>,
-        (8, Scales::Plain) => tile::<8, PLAIN>,
-        other => unreachable!("no format has {other:?}"),
-    }
-}
 
 /// Weights are asked for this many bytes before they are needed: the processor's own prefetching hides a third of the
 /// memory's latency at best. Measured on Zen 5 and Zen 4; too much also runs further into what another thread reads.
 const AHEAD: usize = 12 << 10;
 
-const PLAIN: u8 = 0;
-const OFFSET: u8 = 1;
-const NESTED: u8 = 2;
-const HALVES: u8 = 3;
+pub(super) struct Avx512;
 
-const fn layout_of<const BITS: u32, const SCALES: u8>() -> Layout {
-    let scales = match SCALES {
-        PLAIN => Scales::Plain,
-        OFFSET => Scales::Offset,
-        NESTED => Scales::Nested,
-        _ => Scales::Halves,
-    };
-    let bias = if matches!(SCALES, PLAIN | HALVES) { 1 << (BITS - 1) } else { 0 };
-    Layout { bits: BITS, scales, bias }
-}
-
-/// See [`Kernel`].
-///
-/// # Safety
-/// Needs AVX-512 F, BW, VL and VNNI.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn tile<const BITS: u32, const SCALES: u8>(
-    group: &Group<'_>,
-    x: &Activations,
-    first: usize,
-    out: &mut [[f32; LANES]],
-) {
-    let layout = const { layout_of::<BITS, SCALES>() };
-    assert_eq!(group.layout, layout);
-    assert!(group.codes.len() >= x.blocks * layout.code_bytes());
-    assert!(group.scales.len() >= layout.scale_bytes(x.blocks));
-    assert!(group.codes.as_ptr().align_offset(64) == 0);
-    assert!(
-        first + out.len() <= x.rows
-            && x.codes.len() >= x.rows * x.blocks
-            && x.scales.len() >= x.rows * x.blocks
-    );
-    // SAFETY: `rows` has what was just checked.
-    unsafe {
-        match out.len() {
-            1 => rows::<BITS, SCALES, 1>(group, x, first, out),
-            2 => rows::<BITS, SCALES, 2>(group, x, first, out),
-            3 => rows::<BITS, SCALES, 3>(group, x, first, out),
-            4 => rows::<BITS, SCALES, 4>(group, x, first, out),
-            n => unreachable!("a tile of {n} rows of at most {TILE}"),
-        }
-    }
-}
-
-/// A tile of `T` rows.
-///
-/// # Safety
-/// Codes and scales of `x.blocks` blocks in the group, the codes on a cache line; `T` rows from `first` in `x`; `out` of `T`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
-    group: &Group<'_>,
-    x: &Activations,
-    first: usize,
-    out: &mut [[f32; LANES]],
-) {
-    let layout = const { layout_of::<BITS, SCALES>() };
-    let mut sums = [_mm512_setzero_ps(); T];
-    for block in 0..x.blocks {
-        // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
-        unsafe {
-            if group.fetch {
-                prefetch::<BITS, SCALES, T>(group.codes.as_ptr(), block);
-            }
-            let codes = group.codes.as_ptr().add(block * layout.code_bytes());
-            let weights = unpack::<BITS>(codes);
-            let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block);
-            for (t, sum) in sums.iter_mut().enumerate() {
-                let at = (first + t) * x.blocks + block;
-                let quads = x.codes.as_ptr().add(at).cast::<i32>();
-                let run = &*x.scales.as_ptr().add(at);
-                if SCALES == HALVES {
-                    let half = |h: usize| {
-                        let bias = half_bias(quads, h, layout.bias);
-                        _mm512_cvtepi32_ps(dot::<4>(&weights, quads, 4 * h, bias))
-                    };
-                    let scale = _mm512_set1_ps(run.scale);
-                    *sum = _mm512_fmadd_ps(half(0), _mm512_mul_ps(scales[0], scale), *sum);
-                    *sum = _mm512_fmadd_ps(half(1), _mm512_mul_ps(scales[1], scale), *sum);
-                } else {
-                    let product = dot::<8>(&weights, quads, 0, bias::<BITS, SCALES>(run));
-                    let scale = _mm512_mul_ps(scales[0], _mm512_set1_ps(run.scale));
-                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scale, *sum);
-                    if SCALES != PLAIN {
-                        *sum = _mm512_fmadd_ps(scales[1], _mm512_set1_ps(run.sum), *sum);
+impl Tile for Avx512 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
+        group: &Group<'_>,
+        x: &Activations,
+        first: usize,
+        out: &mut [[f32; LANES]],
+    ) {
+        let layout = const { layout_of::<BITS, SCALES>() };
+        let mut sums = [_mm512_setzero_ps(); T];
+        for block in 0..x.blocks {
+            // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
+            unsafe {
+                if group.fetch {
+                    prefetch::<BITS, SCALES, T>(group.codes.as_ptr(), block);
+                }
+                let codes = group.codes.as_ptr().add(block * layout.code_bytes());
+                let weights = unpack::<BITS>(codes);
+                let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block);
+                for (t, sum) in sums.iter_mut().enumerate() {
+                    let at = (first + t) * x.blocks + block;
+                    let quads = x.codes.as_ptr().add(at).cast::<i32>();
+                    let run = &*x.scales.as_ptr().add(at);
+                    if SCALES == HALVES {
+                        let half = |h: usize| {
+                            let bias = half_bias(quads, h, layout.bias);
+                            _mm512_cvtepi32_ps(dot::<4>(&weights, quads, 4 * h, bias))
+                        };
+                        let scale = _mm512_set1_ps(run.scale);
+                        *sum = _mm512_fmadd_ps(half(0), _mm512_mul_ps(scales[0], scale), *sum);
+                        *sum = _mm512_fmadd_ps(half(1), _mm512_mul_ps(scales[1], scale), *sum);
+                    } else {
+                        let product = dot::<8>(&weights, quads, 0, bias::<BITS, SCALES>(run));
+                        let scale = _mm512_mul_ps(scales[0], _mm512_set1_ps(run.scale));
+                        *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scale, *sum);
+                        if SCALES != PLAIN {
+                            *sum = _mm512_fmadd_ps(scales[1], _mm512_set1_ps(run.sum), *sum);
+                        }
                     }
                 }
             }
         }
-    }
-    for (out, sum) in out.iter_mut().zip(sums) {
-        // SAFETY: 16 floats.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) }
+        for (out, sum) in out.iter_mut().zip(sums) {
+            // SAFETY: 16 floats.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) }
+        }
     }
 }
 
