@@ -60,9 +60,11 @@ on_isa!(fn total(values: &[f32], out: &mut f32) = total_body);
 fn chains_body<L: Lanes>(rounds: usize, out: &mut f32) {
     let factor = L::splat(black_box(0.999));
     let mut sums = [L::splat(black_box(1.0)); CHAINS];
-    for _ in 0..rounds {
+    // No more of them than the registers hold, but the same work.
+    let chains = CHAINS.min(L::REGISTERS - 2);
+    for _ in 0..rounds * (CHAINS / chains) {
         let mut chain = 0;
-        while chain < CHAINS {
+        while chain < chains {
             sums[chain] = sums[chain].mul_add(factor, factor);
             chain += 1;
         }
