@@ -15,7 +15,7 @@ const LARGEST: f32 = 32_512.0;
 const SMALLEST: f32 = 1e-30;
 
 /// 32 integers `v`.
-/// - AVX-512: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`;
+/// - AVX-512 and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`;
 /// - AVX2: i16, in each four those with even index first: 0, 2, 1, 3;
 /// - portable: i16 in order.
 #[derive(Clone, Copy)]
@@ -75,12 +75,12 @@ type Kernel = unsafe fn(&[f32], &mut [Codes], &mut [RunScale]);
 
 fn kernel(isa: Isa) -> Kernel {
     match isa {
-        Isa::Portable => portable,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => planes,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => x86::avx2,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => x86::avx512,
-        #[cfg(not(target_arch = "x86_64"))]
         _ => portable,
     }
 }
@@ -89,6 +89,18 @@ fn portable(x: &[f32], codes: &mut [Codes], scales: &mut [RunScale]) {
     each_run(x, codes, scales, |v, codes| {
         for (bytes, v) in codes.0.chunks_exact_mut(2).zip(v) {
             bytes.copy_from_slice(&v.to_le_bytes());
+        }
+    });
+}
+
+/// Bytes apart, as instructions for products of bytes want them.
+#[cfg(target_arch = "aarch64")]
+fn planes(x: &[f32], codes: &mut [Codes], scales: &mut [RunScale]) {
+    each_run(x, codes, scales, |v, codes| {
+        let (high, low) = codes.0.split_at_mut(BLOCK);
+        for ((high, low), v) in high.iter_mut().zip(low).zip(v) {
+            // The low byte counts as signed, so the high one is that of v + 128.
+            (*high, *low) = ((v.wrapping_add(128) >> 8) as u8, *v as u8);
         }
     });
 }
@@ -189,7 +201,7 @@ mod tests {
                 .map(|i| match isa {
                     Isa::Portable => wide(i),
                     Isa::Avx2 => wide(i / 4 * 4 + [0, 2, 1, 3][i % 4]),
-                    Isa::Avx512 => 256 * i32::from(b[i] as i8) + i32::from(b[32 + i] as i8),
+                    Isa::Neon | Isa::Avx512 => 256 * i32::from(b[i] as i8) + i32::from(b[32 + i] as i8),
                 })
                 .collect()
         };

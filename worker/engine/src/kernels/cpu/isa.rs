@@ -8,6 +8,8 @@ use std::str::FromStr;
 pub enum Isa {
     /// Plain Rust, whatever the compiler makes of it; also what serves other architectures.
     Portable,
+    /// NEON with its dot products of bytes: Arm from about 2018.
+    Neon,
     /// AVX2 with FMA and F16C: x86 from about 2013.
     Avx2,
     /// AVX-512 (F, BW, VL, VNNI): Ice Lake, Zen 4 and later.
@@ -16,12 +18,14 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Neon, Isa::Avx2, Isa::Avx512];
 
     /// Whether this processor has it.
     pub fn supported(self) -> bool {
         match self {
             Isa::Portable => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2")
@@ -36,13 +40,12 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
-            #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
     }
 
-    /// The fastest that this processor has, unless the environment variable `STOKER_CPU_ISA` (`portable`, `avx2`,
-    /// `avx512`) names a slower one: for comparisons, and as a way out.
+    /// The fastest that this processor has, unless the environment variable `STOKER_CPU_ISA` (`portable`, `neon`,
+    /// `avx2`, `avx512`) names a slower one: for comparisons, and as a way out.
     pub fn best() -> Isa {
         if let Ok(name) = std::env::var("STOKER_CPU_ISA") {
             match name.parse::<Isa>() {
@@ -60,6 +63,7 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Isa::Portable => "portable",
+            Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
         })

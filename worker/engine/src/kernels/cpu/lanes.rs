@@ -3,11 +3,15 @@
 //! A kernel is a generic `#[inline(always)]` function over [`Lanes`], and is compiled once per instruction set by
 //! [`on_isa!`], inside a function that enables its features.
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use half::{bf16, f16};
 
+#[cfg(target_arch = "aarch64")]
+pub(super) use arm::V128;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{V256, V512};
 
@@ -237,8 +241,12 @@ macro_rules! on_isa {
                     $crate::kernels::cpu::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::kernels::cpu::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::kernels::cpu::Isa::Portable => {}
+                    _ => {}
                 }
+            }
+            #[cfg(target_arch = "aarch64")]
+            if isa == $crate::kernels::cpu::Isa::Neon {
+                return $body::<$crate::kernels::cpu::lanes::V128 $(, $($g),+)?>($($arg),*);
             }
             let _ = isa;
             $body::<$crate::kernels::cpu::lanes::Array $(, $($g),+)?>($($arg),*)

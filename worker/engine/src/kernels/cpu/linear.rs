@@ -9,8 +9,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod floats;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 mod instances;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 use std::cell::RefCell;
@@ -179,12 +181,12 @@ fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, inputs: Range<usize>, gr
 
 fn kernel(isa: Isa, layout: Layout) -> Kernel {
     match isa {
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => instances::kernel::<neon::Neon>(layout),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => instances::kernel::<avx2::Avx2>(layout),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => instances::kernel::<avx512::Avx512>(layout),
-        Isa::Portable => portable::tile,
-        #[cfg(not(target_arch = "x86_64"))]
         _ => portable::tile,
     }
 }
