@@ -43,6 +43,7 @@ struct Group<'a> {
     scales: &'a [u8],
     layout: Layout,
     /// Whether the memory ahead has to be asked for: once for all rows of activations.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only the kernel of AVX-512 asks"))]
     fetch: bool,
 }
 
