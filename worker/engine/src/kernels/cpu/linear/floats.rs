@@ -45,18 +45,14 @@ fn any_rows<L: Lanes, W: Stored>(group: &[u8], x: &[f32], cols: usize, out: &mut
     assert!(group.as_ptr().align_offset(align_of::<W>()) == 0);
     assert_eq!(x.len(), out.len() * cols);
     let weights = group.as_ptr().cast::<W>();
-    // As many rows at once as the registers have room for sums of.
-    let most = TILE.min(L::REGISTERS / CHAINS);
-    for (x, out) in x.chunks(most * cols).zip(out.chunks_mut(most)) {
-        // SAFETY: lengths and alignment were just checked; every bit pattern is a float.
-        unsafe {
-            match out.len() {
-                1 => rows::<L, W, 1>(weights, x, cols, out),
-                2 => rows::<L, W, 2>(weights, x, cols, out),
-                3 => rows::<L, W, 3>(weights, x, cols, out),
-                4 => rows::<L, W, 4>(weights, x, cols, out),
-                n => unreachable!("{n} rows of at most {most}"),
-            }
+    // SAFETY: lengths and alignment were just checked; every bit pattern is a float.
+    unsafe {
+        match out.len() {
+            1 => rows::<L, W, 1>(weights, x, cols, out),
+            2 => rows::<L, W, 2>(weights, x, cols, out),
+            3 => rows::<L, W, 3>(weights, x, cols, out),
+            4 => rows::<L, W, 4>(weights, x, cols, out),
+            n => unreachable!("a tile of {n} rows of at most {TILE}"),
         }
     }
 }
