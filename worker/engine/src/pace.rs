@@ -1,8 +1,9 @@
 //! How much of a prompt goes into one step.
 //!
 //! While nobody is streaming, large chunks are the most efficient. Beside running streams a chunk lengthens the gap between
-//! two of their tokens; so its size follows from measured times: a step with a chunk shall take about twice as
-//! long as one without, and then stays below three times where the times vary. The same times tell what guessed tokens cost.
+//! two of their tokens; so its size follows from measured times: a step with a chunk shall take about half as long again as
+//! one without. That leaves room below three times for what is not foreseen: times vary, and behind a long context a token
+//! costs more than those before it did. The same times tell what guessed tokens cost.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,7 +13,7 @@ const LARGEST: usize = 512;
 /// Fewest; also a prompt must get on.
 const SMALLEST: usize = 2;
 /// Time for a chunk, in steps without one.
-const STRETCH: f64 = 1.0;
+const STRETCH: f64 = 0.5;
 /// Weight of the newest measurement.
 const NEWEST: f64 = 0.2;
 
@@ -92,8 +93,8 @@ mod tests {
             pace.record(8, 0, Duration::from_millis(20));
         }
         assert_eq!(pace.chunk(0), LARGEST);
-        // 20 ms a step, 1 ms a token: 20 tokens.
-        assert_eq!(pace.chunk(8), 20);
+        // 20 ms a step, 1 ms a token: 10 tokens take half as long.
+        assert_eq!(pace.chunk(8), 10);
         pace.record(8, 0, Duration::from_nanos(1));
         for _ in 0..100 {
             pace.record(8, 0, Duration::from_micros(10));
