@@ -22,8 +22,18 @@ pub(super) trait Lanes: Copy {
     /// How many of these the processor's registers hold.
     const REGISTERS: usize;
     fn splat(value: f32) -> Self;
-    fn from_array(values: &[f32; 16]) -> Self;
-    fn to_array(self) -> [f32; 16];
+    #[inline(always)]
+    fn from_array(values: &[f32; 16]) -> Self {
+        // SAFETY: 16 values; the instruction set is there, as for every method.
+        unsafe { Self::load(values.as_ptr()) }
+    }
+    #[inline(always)]
+    fn to_array(self) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        // SAFETY: room for 16 values.
+        unsafe { self.store(out.as_mut_ptr()) };
+        out
+    }
     /// # Safety
     /// 16 values at `from`.
     unsafe fn load(from: *const f32) -> Self;
@@ -144,14 +154,6 @@ impl Lanes for Array {
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Array([value; 16])
-    }
-    #[inline(always)]
-    fn from_array(values: &[f32; 16]) -> Self {
-        Array(*values)
-    }
-    #[inline(always)]
-    fn to_array(self) -> [f32; 16] {
-        self.0
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {

@@ -46,16 +46,6 @@ impl Lanes for V128 {
         V128([unsafe { vdupq_n_f32(value) }; 4])
     }
     #[inline(always)]
-    fn from_array(values: &[f32; 16]) -> Self {
-        unsafe { Self::load(values.as_ptr()) }
-    }
-    #[inline(always)]
-    fn to_array(self) -> [f32; 16] {
-        let mut out = [0.0; 16];
-        unsafe { self.store(out.as_mut_ptr()) };
-        out
-    }
-    #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         V128(from_fn(|i| unsafe { vld1q_f32(from.add(4 * i)) }))
     }

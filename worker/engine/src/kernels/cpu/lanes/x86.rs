@@ -22,16 +22,6 @@ impl Lanes for V512 {
         V512(unsafe { _mm512_set1_ps(value) })
     }
     #[inline(always)]
-    fn from_array(values: &[f32; 16]) -> Self {
-        V512(unsafe { _mm512_loadu_ps(values.as_ptr()) })
-    }
-    #[inline(always)]
-    fn to_array(self) -> [f32; 16] {
-        let mut out = [0.0; 16];
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) };
-        out
-    }
-    #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         V512(unsafe { _mm512_loadu_ps(from) })
     }
@@ -107,16 +97,6 @@ impl Lanes for V256 {
     fn splat(value: f32) -> Self {
         let all = unsafe { _mm256_set1_ps(value) };
         V256(all, all)
-    }
-    #[inline(always)]
-    fn from_array(values: &[f32; 16]) -> Self {
-        unsafe { Self::load(values.as_ptr()) }
-    }
-    #[inline(always)]
-    fn to_array(self) -> [f32; 16] {
-        let mut out = [0.0; 16];
-        unsafe { self.store(out.as_mut_ptr()) };
-        out
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
