@@ -15,7 +15,7 @@ const LARGEST: f32 = 32_512.0;
 const SMALLEST: f32 = 1e-30;
 
 /// 32 integers `v`.
-/// - AVX-512 and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`;
+/// - AVX-512, AMX and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`;
 /// - AVX2: i16, in each four those with even index first: 0, 2, 1, 3;
 /// - portable: i16 in order.
 #[derive(Clone, Copy)]
@@ -34,14 +34,32 @@ pub(super) struct RunScale {
     pub integer_sum: i32,
 }
 
-/// Quantised activations `[rows, blocks]`. The vectors only grow: a model's products differ in width, and memory that came
-/// and went with them would be zeroed each time.
+/// What the integers of a block mean, for each of a tile's rows; see [`RunScale`].
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub(super) struct TileScales {
+    pub scale: [f32; TILE_ROWS],
+    pub sum: [f32; TILE_ROWS],
+}
+
+/// Rows of a tile of AMX.
+pub(super) const TILE_ROWS: usize = 16;
+/// From so many rows on a product by tiles is faster, though a part of the last one is idle.
+const WORTH_TILES: usize = 6;
+
+/// Quantised activations `[rows, blocks]`, or, for AMX if there are enough rows, `[tiles of 16 rows, blocks, 16]`. The
+/// vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
+/// time.
 #[derive(Default)]
 pub(super) struct Activations {
     pub rows: usize,
     pub blocks: usize,
     pub codes: Vec<Codes>,
+    /// Where rows are not in tiles.
     pub scales: Vec<RunScale>,
+    /// Where they are: `[tiles, blocks]`.
+    pub tiles: Vec<TileScales>,
+    pub tiled: bool,
 }
 
 impl Activations {
@@ -50,28 +68,68 @@ impl Activations {
         let rows = x.len() / (blocks * BLOCK).max(1);
         assert_eq!(x.len(), rows * blocks * BLOCK);
         (self.rows, self.blocks) = (rows, blocks);
-        if self.codes.len() < rows * blocks {
-            self.codes.resize(rows * blocks, Codes([0; 64]));
-            self.scales.resize(rows * blocks, RunScale::default());
+        self.tiled = pool.isa() == Isa::Amx && rows >= WORTH_TILES;
+        // What the last tile holds beyond the rows is never looked at.
+        let runs = blocks * if self.tiled { rows.next_multiple_of(TILE_ROWS) } else { rows };
+        if self.codes.len() < runs {
+            self.codes.resize(runs, Codes([0; 64]));
         }
-        let (codes, scales) = (Shared(self.codes.as_mut_ptr()), Shared(self.scales.as_mut_ptr()));
+        if self.tiled && self.tiles.len() < runs / TILE_ROWS {
+            self.tiles.resize(runs / TILE_ROWS, TileScales::default());
+        } else if !self.tiled && self.scales.len() < runs {
+            self.scales.resize(runs, RunScale::default());
+        }
+        let to = Places {
+            codes: Shared(self.codes.as_mut_ptr()),
+            scales: Shared(self.scales.as_mut_ptr()),
+            tiles: Shared(self.tiles.as_mut_ptr()),
+            blocks,
+            tiled: self.tiled,
+        };
         let run = kernel(pool.isa());
         // Some three thousand values are worth another thread.
         pool.split(rows * blocks, 96, |range| {
-            // SAFETY: tasks get ranges of their own within the two vectors.
-            let (codes, scales) = unsafe {
-                (
-                    std::slice::from_raw_parts_mut(codes.at(range.start), range.len()),
-                    std::slice::from_raw_parts_mut(scales.at(range.start), range.len()),
-                )
-            };
-            // SAFETY: the pool's instruction set is there.
-            unsafe { run(&x[range.start * BLOCK..range.end * BLOCK], codes, scales) }
+            // SAFETY: the pool's instruction set is there; runs of `x` have places of their own, and tasks different runs.
+            unsafe { run(&x[range.start * BLOCK..range.end * BLOCK], range.start, &to) }
         });
     }
 }
 
-type Kernel = unsafe fn(&[f32], &mut [Codes], &mut [RunScale]);
+/// Where a run's integers go, and what they mean.
+struct Places {
+    codes: Shared<Codes>,
+    scales: Shared<RunScale>,
+    tiles: Shared<TileScales>,
+    blocks: usize,
+    tiled: bool,
+}
+
+impl Places {
+    /// The place for the codes of run `run`, counted row by row, once its scale is put where it belongs.
+    ///
+    /// # Safety
+    /// There is such a run, and nobody else has its places.
+    #[inline(always)]
+    unsafe fn put(&self, run: usize, scale: RunScale) -> &mut Codes {
+        // SAFETY: the caller's promise; `quantise` made room for all runs.
+        unsafe {
+            if !self.tiled {
+                *self.scales.at(run) = scale;
+                return &mut *self.codes.at(run);
+            }
+            let (row, block) = (run / self.blocks, run % self.blocks);
+            let (index, row) = (row / TILE_ROWS * self.blocks + block, row % TILE_ROWS);
+            // Of a tile's scales each row has its own; a reference to all would claim the others'.
+            let tile = self.tiles.at(index);
+            (&raw mut (*tile).scale[row]).write(scale.scale);
+            (&raw mut (*tile).sum[row]).write(scale.sum);
+            &mut *self.codes.at(index * TILE_ROWS + row)
+        }
+    }
+}
+
+/// Quantises runs, the first of which is number `first`.
+type Kernel = unsafe fn(&[f32], usize, &Places);
 
 fn kernel(isa: Isa) -> Kernel {
     match isa {
@@ -80,13 +138,17 @@ fn kernel(isa: Isa) -> Kernel {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => x86::avx2,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => x86::avx512,
+        Isa::Avx512 | Isa::Amx => x86::avx512,
         _ => portable,
     }
 }
 
-fn portable(x: &[f32], codes: &mut [Codes], scales: &mut [RunScale]) {
-    each_run(x, codes, scales, |v, codes| {
+/// # Safety
+/// As for [`Places::put`].
+unsafe fn portable(x: &[f32], first: usize, to: &Places) {
+    // SAFETY: the caller's promise.
+    let to = |run, scale| unsafe { to.put(first + run, scale) };
+    each_run(x, to, |v, codes| {
         for (bytes, v) in codes.0.chunks_exact_mut(2).zip(v) {
             bytes.copy_from_slice(&v.to_le_bytes());
         }
@@ -94,9 +156,14 @@ fn portable(x: &[f32], codes: &mut [Codes], scales: &mut [RunScale]) {
 }
 
 /// Bytes apart, as instructions for products of bytes want them.
+///
+/// # Safety
+/// As for [`Places::put`].
 #[cfg(target_arch = "aarch64")]
-fn planes(x: &[f32], codes: &mut [Codes], scales: &mut [RunScale]) {
-    each_run(x, codes, scales, |v, codes| {
+unsafe fn planes(x: &[f32], first: usize, to: &Places) {
+    // SAFETY: the caller's promise.
+    let to = |run, scale| unsafe { to.put(first + run, scale) };
+    each_run(x, to, |v, codes| {
         let (high, low) = codes.0.split_at_mut(BLOCK);
         for ((high, low), v) in high.iter_mut().zip(low).zip(v) {
             // The low byte counts as signed, so the high one is that of v + 128.
@@ -105,15 +172,15 @@ fn planes(x: &[f32], codes: &mut [Codes], scales: &mut [RunScale]) {
     });
 }
 
-/// Quantises runs and hands the integers to `put`. In plain operations, which compilers turn into vectors.
+/// Quantises runs and hands the integers to `put`, with the place that `to` has for them. In plain operations, which
+/// compilers turn into vectors.
 #[inline(always)]
-fn each_run(
+fn each_run<'a>(
     x: &[f32],
-    codes: &mut [Codes],
-    scales: &mut [RunScale],
+    to: impl Fn(usize, RunScale) -> &'a mut Codes,
     put: impl Fn(&[i16; BLOCK], &mut Codes),
 ) {
-    for ((x, codes), out) in x.chunks_exact(BLOCK).zip(codes).zip(scales) {
+    for (run, x) in x.chunks_exact(BLOCK).enumerate() {
         // Magnitudes compared as integers: a NaN is the largest and so spoils its run, as it should.
         let mut largest = 0;
         for value in x {
@@ -130,8 +197,7 @@ fn each_run(
             *v = integer;
             sum += i32::from(integer);
         }
-        put(&v, codes);
-        *out = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
+        put(&v, to(run, RunScale { scale, sum: scale * sum as f32, integer_sum: sum }));
     }
 }
 
@@ -141,9 +207,13 @@ mod x86 {
 
     use super::*;
 
+    /// # Safety
+    /// As for [`Places::put`].
     #[target_feature(enable = "avx2,fma")]
-    pub fn avx2(x: &[f32], codes: &mut [Codes], scales: &mut [RunScale]) {
-        each_run(x, codes, scales, |v, codes| {
+    pub unsafe fn avx2(x: &[f32], first: usize, to: &Places) {
+        // SAFETY: the caller's promise.
+        let to = |run, scale| unsafe { to.put(first + run, scale) };
+        each_run(x, to, |v, codes| {
             for (bytes, v) in codes.0.chunks_exact_mut(8).zip(v.chunks_exact(4)) {
                 for (bytes, i) in bytes.chunks_exact_mut(2).zip([0, 2, 1, 3]) {
                     bytes.copy_from_slice(&v[i].to_le_bytes());
@@ -152,11 +222,13 @@ mod x86 {
         });
     }
 
+    /// # Safety
+    /// As for [`Places::put`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub fn avx512(x: &[f32], codes: &mut [Codes], scales: &mut [RunScale]) {
+    pub unsafe fn avx512(x: &[f32], first: usize, to: &Places) {
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-        for ((x, codes), out) in x.chunks_exact(BLOCK).zip(codes).zip(scales) {
-            // SAFETY: a run is 32 values, and codes are 64 bytes.
+        for (run, x) in x.chunks_exact(BLOCK).enumerate() {
+            // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
             unsafe {
                 let (a, b) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
                 let largest = _mm512_max_epi32(
@@ -169,15 +241,15 @@ mod x86 {
                 let inverse = _mm512_set1_ps(inverse);
                 let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
                 let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-                let to = codes.0.as_mut_ptr().cast::<__m128i>();
+                let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+                let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
+                let codes = to.put(first + run, run_scale).0.as_mut_ptr().cast::<__m128i>();
                 for (i, v) in [a, b].into_iter().enumerate() {
                     // The low byte counts as signed, so the high one is that of v + 128.
                     let high = _mm512_srai_epi32::<8>(_mm512_add_epi32(v, _mm512_set1_epi32(128)));
-                    _mm_store_si128(to.add(i), _mm512_cvtepi32_epi8(high));
-                    _mm_store_si128(to.add(2 + i), _mm512_cvtepi32_epi8(v));
+                    _mm_store_si128(codes.add(i), _mm512_cvtepi32_epi8(high));
+                    _mm_store_si128(codes.add(2 + i), _mm512_cvtepi32_epi8(v));
                 }
-                let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-                *out = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
             }
         }
     }
@@ -189,30 +261,45 @@ mod tests {
 
     #[test]
     fn instruction_sets_agree_on_the_integers() {
-        let x: Vec<f32> = (0..BLOCK * 9)
+        // As many rows of three runs as are put into tiles, and then some.
+        let (rows, blocks) = (TILE_ROWS + 2, 3);
+        let x: Vec<f32> = (0..BLOCK * rows * blocks)
             .map(|i| ((i * 7919 % 1009) as f32 - 504.0) * [1e-3, 1.0, 0.0][i / BLOCK % 3])
             .collect();
         let mut reference = Activations::default();
-        reference.quantise(&Pool::with_isa(1, Isa::Portable), &x, 9);
-        let integers = |a: &Activations, run: usize, isa| -> Vec<i32> {
-            let b = &a.codes[run].0;
+        reference.quantise(&Pool::with_isa(1, Isa::Portable), &x, blocks);
+        let integers = |a: &Activations, place: usize, isa| -> Vec<i32> {
+            let b = &a.codes[place].0;
             let wide = |i: usize| i32::from(i16::from_le_bytes([b[2 * i], b[2 * i + 1]]));
             (0..BLOCK)
                 .map(|i| match isa {
                     Isa::Portable => wide(i),
                     Isa::Avx2 => wide(i / 4 * 4 + [0, 2, 1, 3][i % 4]),
-                    Isa::Neon | Isa::Avx512 => 256 * i32::from(b[i] as i8) + i32::from(b[32 + i] as i8),
+                    Isa::Neon | Isa::Avx512 | Isa::Amx => {
+                        256 * i32::from(b[i] as i8) + i32::from(b[32 + i] as i8)
+                    }
                 })
                 .collect()
         };
         for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
             let mut other = Activations::default();
-            other.quantise(&Pool::with_isa(2, isa), &x, 9);
-            for run in 0..9 {
-                let (got, want) = (integers(&other, run, isa), integers(&reference, run, Isa::Portable));
+            other.quantise(&Pool::with_isa(2, isa), &x, blocks);
+            assert_eq!(other.tiled, isa == Isa::Amx);
+            for run in 0..rows * blocks {
+                let a = reference.scales[run];
+                let mut place = run;
+                if other.tiled {
+                    let (row, block) = (run / blocks, run % blocks);
+                    let (tile, row) = (row / TILE_ROWS * blocks + block, row % TILE_ROWS);
+                    place = tile * TILE_ROWS + row;
+                    let b = other.tiles[tile];
+                    assert_eq!((a.scale, a.sum), (b.scale[row], b.sum[row]), "{isa}, run {run}");
+                } else {
+                    let b = other.scales[run];
+                    assert_eq!((a.scale, a.sum, a.integer_sum), (b.scale, b.sum, b.integer_sum));
+                }
+                let (got, want) = (integers(&other, place, isa), integers(&reference, run, Isa::Portable));
                 assert_eq!(got, want, "{isa}, run {run}");
-                let (a, b) = (other.scales[run], reference.scales[run]);
-                assert_eq!((a.scale, a.sum, a.integer_sum), (b.scale, b.sum, b.integer_sum));
                 for (v, x) in got.iter().zip(&x[run * BLOCK..]) {
                     assert!((*v as f32 * a.scale - x).abs() <= 0.502 * a.scale, "{v} for {x}");
                 }

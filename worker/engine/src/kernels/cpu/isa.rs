@@ -14,11 +14,13 @@ pub enum Isa {
     Avx2,
     /// AVX-512 (F, BW, VL, VNNI): Ice Lake, Zen 4 and later.
     Avx512,
+    /// AVX-512 with the matrix tiles of AMX (INT8): Sapphire Rapids and later.
+    Amx,
 }
 
 impl Isa {
     /// All of them, slowest first.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Neon, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// Whether this processor has it.
     pub fn supported(self) -> bool {
@@ -40,12 +42,14 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Isa::Amx => Isa::Avx512.supported() && tiles_granted(),
             _ => false,
         }
     }
 
     /// The fastest that this processor has, unless the environment variable `STOKER_CPU_ISA` (`portable`, `neon`,
-    /// `avx2`, `avx512`) names a slower one: for comparisons, and as a way out.
+    /// `avx2`, `avx512`, `amx`) names a slower one: for comparisons, and as a way out.
     pub fn best() -> Isa {
         if let Ok(name) = std::env::var("STOKER_CPU_ISA") {
             match name.parse::<Isa>() {
@@ -59,6 +63,24 @@ impl Isa {
     }
 }
 
+/// Whether the processor has tiles and their products of bytes, and the system lets this process use them: it has to be
+/// asked once, as their registers add 8 KiB to what it keeps of a thread.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn tiles_granted() -> bool {
+    use std::arch::x86_64::__cpuid_count;
+    // Of Linux's arch/x86/include/uapi/asm/prctl.h, and the number of the tiles' registers among a thread's states.
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    /// AMX-TILE and AMX-INT8 (Intel's manual, volume 2, CPUID, leaf 7, EDX).
+    const FEATURES: u32 = 1 << 24 | 1 << 25;
+    static GRANTED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *GRANTED.get_or_init(|| {
+        // SAFETY: the call reads and writes no memory; an older kernel does not know it and says so.
+        __cpuid_count(7, 0).edx & FEATURES == FEATURES
+            && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) } == 0
+    })
+}
+
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -66,6 +88,7 @@ impl fmt::Display for Isa {
             Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         })
     }
 }

@@ -240,7 +240,9 @@ macro_rules! on_isa {
                 }
                 match isa {
                     // SAFETY: a pool uses only what the processor has.
-                    $crate::kernels::cpu::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::kernels::cpu::Isa::Avx512 | $crate::kernels::cpu::Isa::Amx => {
+                        return unsafe { avx512($($arg),*) }
+                    }
                     // SAFETY: as above.
                     $crate::kernels::cpu::Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     _ => {}

@@ -4,6 +4,8 @@
 //! threads or tiles. So a row's result is bit for bit the same alone and in a batch, which keeps texts independent of
 //! what else an engine happens to do.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -18,7 +20,7 @@ mod portable;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::activations::Activations;
+use super::activations::{Activations, TILE_ROWS};
 use super::format::{BLOCK, Layout, layout};
 use super::isa::Isa;
 use super::pack::{LANES, Packed, Shared};
@@ -34,17 +36,71 @@ const BY_ROWS: usize = 4;
 /// Bytes of weights, times tiles of activations, that are worth another thread.
 const WORTH: usize = 16 << 10;
 
-/// Computes a tile: `out[t]` becomes the outputs of 16 rows of weights for row `first + t` of the activations.
-type Kernel = unsafe fn(&Group<'_>, &Activations, usize, &mut [[f32; LANES]]);
+/// Computes a [`Problem`] whose weights are in a block format.
+type Kernel = unsafe fn(&Problem<'_>);
 
-/// 16 rows of weights of a block format.
+/// A thread's piece of a product: groups of a matrix with rows of activations.
+struct Problem<'a> {
+    w: &'a Packed,
+    groups: Range<usize>,
+    x: &'a Activations,
+    rows: Range<usize>,
+    y: Shared<f32>,
+}
+
+/// 16 rows of weights of a block format. The codes begin on a cache line.
 struct Group<'a> {
     codes: &'a [u8],
     scales: &'a [u8],
     layout: Layout,
     /// Whether the memory ahead has to be asked for: once for all rows of activations.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only the kernel of AVX-512 asks"))]
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only the kernels of AVX-512 ask"))]
     fetch: bool,
+}
+
+impl Problem<'_> {
+    /// A group of weights, to be used with the activations' rows from `first` on.
+    fn group(&self, index: usize, first: usize) -> Group<'_> {
+        let layout = layout(self.w.dtype()).expect("a block format");
+        let (codes, scales) = self.w.group(index).split_at(self.x.blocks * layout.code_bytes());
+        debug_assert!(
+            codes.as_ptr().align_offset(64) == 0 && scales.len() >= layout.scale_bytes(self.x.blocks)
+        );
+        Group { codes, scales, layout, fetch: first == self.rows.start }
+    }
+
+    /// Stores the outputs of a group for a row of activations.
+    #[inline(always)]
+    fn put(&self, row: usize, group: usize, values: &[f32; LANES]) {
+        debug_assert!(self.rows.contains(&row) && self.groups.contains(&group));
+        let (width, first) = (self.w.rows(), group * LANES);
+        let to = self.y.at(row * width + first);
+        // SAFETY: row and group are of this piece, so the destination lies within `y`, whose length was checked, and is
+        // written by this task alone.
+        unsafe {
+            if first + LANES <= width {
+                // Of known length: a store, not a call.
+                to.cast::<[f32; LANES]>().write_unaligned(*values);
+            } else {
+                std::ptr::copy_nonoverlapping(values.as_ptr(), to, width - first);
+            }
+        }
+    }
+}
+
+/// Has `tile(group, first, out)` compute the outputs of each group for each few rows, from `first` on, and stores them.
+#[inline(always)]
+fn each_tile(problem: &Problem<'_>, mut tile: impl FnMut(usize, usize, &mut [[f32; LANES]])) {
+    let mut out = [[0.0; LANES]; TILE];
+    for group in problem.groups.clone() {
+        for first in problem.rows.clone().step_by(TILE) {
+            let out = &mut out[..TILE.min(problem.rows.end - first)];
+            tile(group, first, out);
+            for (row, values) in (first..).zip(out.iter()) {
+                problem.put(row, group, values);
+            }
+        }
+    }
 }
 
 thread_local! {
@@ -108,7 +164,8 @@ struct Input<'a> {
 fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
     let groups: usize = jobs.iter().map(|job| job.w.groups()).sum();
     let bytes: usize = jobs.iter().map(|job| job.w.bytes()).sum();
-    let (tiles, threads) = (input.n.div_ceil(TILE), pool.threads());
+    let (tile, threads) = (if input.quantised.tiled { TILE_ROWS } else { TILE }, pool.threads());
+    let tiles = input.n.div_ceil(tile);
     let by_rows = threads <= BY_ROWS && tiles >= 2 * threads;
     // Too little work is shared by fewer threads.
     let tiles_each = if by_rows { tiles / threads } else { tiles };
@@ -123,7 +180,7 @@ fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
             // With few rows the time goes into reading weights, which is fastest in long runs. With many it goes into
             // computing, and pieces that get smaller even out what threads are kept from.
             let parts = if tiles <= 2 || sharing == 1 { 1 } else { 4 };
-            let rows = rows.start * TILE..(rows.end * TILE).min(input.n);
+            let rows = rows.start * tile..(rows.end * tile).min(input.n);
             shrinking(groups, least, parts).map(move |piece| (rows.clone(), piece))
         })
         .collect();
@@ -140,42 +197,17 @@ fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
 }
 
 /// A range of rows of activations with a range of groups of one matrix.
-fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, inputs: Range<usize>, groups: Range<usize>) {
-    let rows = job.w.rows();
-    for pass in inputs.clone().step_by(PASS) {
-        let end = (pass + PASS).min(inputs.end);
-        for index in groups.clone() {
-            let lanes = LANES.min(rows - index * LANES);
-            let mut out = [[0.0; LANES]; TILE];
-            for first in (pass..end).step_by(TILE) {
-                let out = &mut out[..TILE.min(end - first)];
-                match (layout(job.w.dtype()), job.kernel) {
-                    (Some(layout), Some(kernel)) => {
-                        let group = job.w.group(index);
-                        let (codes, scales) = group.split_at(input.quantised.blocks * layout.code_bytes());
-                        let group = Group { codes, scales, layout, fetch: first == pass };
-                        // SAFETY: the kernel is of an instruction set that the pool found to be there.
-                        unsafe { kernel(&group, input.quantised, first, out) }
-                    }
-                    _ => {
-                        let x = &input.x[first * input.cols..(first + out.len()) * input.cols];
-                        floats::tile(isa, job.w.dtype(), job.w.group(index), x, input.cols, out);
-                    }
-                }
-                for (t, values) in out.iter().enumerate() {
-                    // SAFETY: the destination lies in row `first + t`, columns of this group: within `y`, whose
-                    // length was checked, and written by this task alone.
-                    unsafe {
-                        let to = job.y.at((first + t) * rows + index * LANES);
-                        if lanes == LANES {
-                            // Of known length: a store, not a call.
-                            to.cast::<[f32; LANES]>().write_unaligned(*values);
-                        } else {
-                            std::ptr::copy_nonoverlapping(values.as_ptr(), to, lanes);
-                        }
-                    }
-                }
-            }
+fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, rows: Range<usize>, groups: Range<usize>) {
+    for pass in rows.clone().step_by(PASS) {
+        let rows = pass..(pass + PASS).min(rows.end);
+        let problem = Problem { w: job.w, groups: groups.clone(), x: input.quantised, rows, y: job.y };
+        match job.kernel {
+            // SAFETY: the kernel is of an instruction set that the pool found to be there.
+            Some(kernel) => unsafe { kernel(&problem) },
+            None => each_tile(&problem, |group, first, out| {
+                let x = &input.x[first * input.cols..(first + out.len()) * input.cols];
+                floats::tile(isa, job.w.dtype(), job.w.group(group), x, input.cols, out);
+            }),
         }
     }
 }
@@ -188,7 +220,9 @@ fn kernel(isa: Isa, layout: Layout) -> Kernel {
         Isa::Avx2 => instances::kernel::<avx2::Avx2>(layout),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => instances::kernel::<avx512::Avx512>(layout),
-        _ => portable::tile,
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        Isa::Amx => instances::kernel::<amx::Amx>(layout),
+        _ => portable::run,
     }
 }
 

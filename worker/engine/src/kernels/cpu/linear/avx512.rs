@@ -71,7 +71,7 @@ impl Tile for Avx512 {
 /// brought into the second.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch<const BITS: u32, const SCALES: u8, const T: usize>(group: *const u8, block: usize) {
+pub(super) fn prefetch<const BITS: u32, const SCALES: u8, const T: usize>(group: *const u8, block: usize) {
     let layout = const { layout_of::<BITS, SCALES>() };
     let size = layout.code_bytes() + layout.scale_bytes(SUPER) / SUPER;
     for line in 0..size.div_ceil(64) {
@@ -142,7 +142,7 @@ unsafe fn dot<const N: usize>(
 /// A block of codes at `codes`, on a cache line.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn unpack<const BITS: u32>(codes: *const u8) -> [__m512i; 8] {
+pub(super) unsafe fn unpack<const BITS: u32>(codes: *const u8) -> [__m512i; 8] {
     // SAFETY: the caller's promise; vector `v` is within the block for every `v` used.
     let vector = |v: usize| unsafe { _mm512_load_si512(codes.add(64 * v).cast()) };
     let mut quads = [_mm512_setzero_si512(); 8];
@@ -194,7 +194,10 @@ fn or_and(a: __m512i, b: __m512i, mask: __m512i) -> __m512i {
 /// The scales of a group at `scales`, with more than `block` blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn block_scales<const BITS: u32, const SCALES: u8>(scales: *const u8, block: usize) -> [__m512; 2] {
+pub(super) unsafe fn block_scales<const BITS: u32, const SCALES: u8>(
+    scales: *const u8,
+    block: usize,
+) -> [__m512; 2] {
     // SAFETY: the caller's promise; offsets are those that `pack` wrote to.
     unsafe {
         let wide = |at: usize| _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(at).cast()));

@@ -1,14 +1,23 @@
-//! The instances of a tile kernel: one for each layout of the weights and number of rows, so that nothing is left to
-//! decide in its loops.
+//! The instances of a kernel: one for each layout of the weights and number of rows, so that nothing is left to decide in
+//! its loops.
 
-use super::{Group, Kernel, TILE};
+use super::{Group, Kernel, Problem, TILE, each_tile};
 use crate::kernels::cpu::activations::Activations;
 use crate::kernels::cpu::format::{Layout, Scales};
 use crate::kernels::cpu::pack::LANES;
 
-/// The tile kernel of an instruction set.
+/// The kernel of an instruction set.
+pub(super) trait Product {
+    /// See [`Kernel`]; for a layout.
+    ///
+    /// # Safety
+    /// The instruction set is there.
+    unsafe fn run<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>);
+}
+
+/// A kernel that takes a group of weights with a few rows of activations, which stay in registers.
 pub(super) trait Tile {
-    /// A tile of `T` rows: see [`Kernel`].
+    /// A tile of `T` rows: `out[t]` becomes the outputs of 16 rows of weights for row `first + t` of the activations.
     ///
     /// # Safety
     /// The instruction set is there. Codes and scales of `x.blocks` blocks in the group, the codes on a cache line; `T`
@@ -21,17 +30,38 @@ pub(super) trait Tile {
     );
 }
 
+impl<K: Tile> Product for K {
+    unsafe fn run<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
+        let x = problem.x;
+        assert!(!x.tiled && x.codes.len() >= x.rows * x.blocks && x.scales.len() >= x.rows * x.blocks);
+        assert!(problem.rows.end <= x.rows);
+        each_tile(problem, |group, first, out| {
+            let group = &problem.group(group, first);
+            // SAFETY: the caller's promise, what was just checked, and what a [`Group`] is.
+            unsafe {
+                match out.len() {
+                    1 => K::rows::<BITS, SCALES, 1>(group, x, first, out),
+                    2 => K::rows::<BITS, SCALES, 2>(group, x, first, out),
+                    3 => K::rows::<BITS, SCALES, 3>(group, x, first, out),
+                    4 => K::rows::<BITS, SCALES, 4>(group, x, first, out),
+                    n => unreachable!("a tile of {n} rows of at most {TILE}"),
+                }
+            }
+        });
+    }
+}
+
 /// The instance for a layout.
-pub(super) fn kernel<K: Tile>(layout: Layout) -> Kernel {
+pub(super) fn kernel<P: Product>(layout: Layout) -> Kernel {
     match (layout.bits, layout.scales) {
-        (4, Scales::Plain) => tile::<K, 4, PLAIN>,
-        (4, Scales::Offset) => tile::<K, 4, OFFSET>,
-        (4, Scales::Nested) => tile::<K, 4, NESTED>,
-        (5, Scales::Plain) => tile::<K, 5, PLAIN>,
-        (5, Scales::Offset) => tile::<K, 5, OFFSET>,
-        (5, Scales::Nested) => tile::<K, 5, NESTED>,
-        (6, Scales::Halves) => tile::<K, 6, HALVES>,
-        (8, Scales::Plain) => tile::<K, 8, PLAIN>,
+        (4, Scales::Plain) => P::run::<4, PLAIN>,
+        (4, Scales::Offset) => P::run::<4, OFFSET>,
+        (4, Scales::Nested) => P::run::<4, NESTED>,
+        (5, Scales::Plain) => P::run::<5, PLAIN>,
+        (5, Scales::Offset) => P::run::<5, OFFSET>,
+        (5, Scales::Nested) => P::run::<5, NESTED>,
+        (6, Scales::Halves) => P::run::<6, HALVES>,
+        (8, Scales::Plain) => P::run::<8, PLAIN>,
         other => unreachable!("no format has {other:?}"),
     }
 }
@@ -50,36 +80,4 @@ pub(super) const fn layout_of<const BITS: u32, const SCALES: u8>() -> Layout {
     };
     let bias = if matches!(SCALES, PLAIN | HALVES) { 1 << (BITS - 1) } else { 0 };
     Layout { bits: BITS, scales, bias }
-}
-
-/// See [`Kernel`].
-///
-/// # Safety
-/// The instruction set is there.
-unsafe fn tile<K: Tile, const BITS: u32, const SCALES: u8>(
-    group: &Group<'_>,
-    x: &Activations,
-    first: usize,
-    out: &mut [[f32; LANES]],
-) {
-    let layout = const { layout_of::<BITS, SCALES>() };
-    assert_eq!(group.layout, layout);
-    assert!(group.codes.len() >= x.blocks * layout.code_bytes());
-    assert!(group.scales.len() >= layout.scale_bytes(x.blocks));
-    assert!(group.codes.as_ptr().align_offset(64) == 0);
-    assert!(
-        first + out.len() <= x.rows
-            && x.codes.len() >= x.rows * x.blocks
-            && x.scales.len() >= x.rows * x.blocks
-    );
-    // SAFETY: the caller's promise, and what was just checked.
-    unsafe {
-        match out.len() {
-            1 => K::rows::<BITS, SCALES, 1>(group, x, first, out),
-            2 => K::rows::<BITS, SCALES, 2>(group, x, first, out),
-            3 => K::rows::<BITS, SCALES, 3>(group, x, first, out),
-            4 => K::rows::<BITS, SCALES, 4>(group, x, first, out),
-            n => unreachable!("a tile of {n} rows of at most {TILE}"),
-        }
-    }
 }

@@ -1,14 +1,17 @@
 //! The tile kernel in plain Rust, which compilers vectorise as far as the target's baseline goes.
 
-use super::{Group, Kernel};
+use super::{Group, Problem, each_tile};
 use crate::kernels::cpu::activations::Activations;
 use crate::kernels::cpu::format::{BLOCK, Scales};
 use crate::kernels::cpu::pack::{LANES, block_codes, block_scales};
 
-const _: Kernel = tile;
+/// See [`Kernel`](super::Kernel).
+pub(super) fn run(problem: &Problem<'_>) {
+    each_tile(problem, |group, first, out| tile(&problem.group(group, first), problem.x, first, out));
+}
 
-/// See [`Kernel`].
-pub(super) fn tile(group: &Group<'_>, x: &Activations, first: usize, out: &mut [[f32; LANES]]) {
+/// `out[t]` becomes the outputs of a group for row `first + t` of the activations.
+fn tile(group: &Group<'_>, x: &Activations, first: usize, out: &mut [[f32; LANES]]) {
     let layout = group.layout;
     out.fill([0.0; LANES]);
     for (block, codes) in group.codes.chunks_exact(layout.code_bytes()).enumerate() {

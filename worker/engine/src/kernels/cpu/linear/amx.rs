@@ -1,0 +1,343 @@
+//! The kernel on AMX, whose instructions multiply a matrix of 16 rows of bytes with one of 16 columns.
+//!
+//! A block of 32 inputs has a scale of its own, so its products are wanted apart: for each 16 rows of activations and 16 of
+//! weights two tiles of sums, those of the high and of the low bytes, are stored and added up by AVX-512 as the kernel of
+//! that instruction set does, in the same order. So results are the same, bit for bit, and few rows take that kernel.
+//!
+//! Three things are due to how these processors work (Intel's optimisation manual, chapter on AMX, and measurements on a
+//! Granite Rapids):
+//! - Tiles take some 50 cycles to multiply. So the sums of one block are stored while the next one's are computed.
+//! - While tiles are in use, vectors of 512 bits are multiplied or converted on one port, and added on two. So sums do not
+//!   begin with zero but as bits of floats, 1.5 * 2^31 and 1.5 * 2^23: what is added to those counts 256 and 1, and to
+//!   have it as floats takes no conversion.
+//! - Sums of the two planes need no shift for the same reason.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+
+use super::Problem;
+use super::avx512::{Avx512, block_scales, prefetch, unpack};
+use super::instances::{HALVES, PLAIN, Product, layout_of};
+use crate::kernels::cpu::activations::{Codes, TILE_ROWS, TileScales};
+use crate::kernels::cpu::pack::LANES;
+
+pub(super) struct Amx;
+
+/// Bytes of a block's codes as bytes, and so of the tile that they are.
+const PANEL: usize = 512;
+
+/// Two tiles of sums, high and low.
+#[repr(C, align(64))]
+struct Sums([[u32; LANES]; 2 * TILE_ROWS]);
+
+thread_local! {
+    /// The codes of two groups: of the one in use, and of the next.
+    static PANELS: RefCell<Vec<Codes>> = RefCell::default();
+}
+
+impl Product for Amx {
+    unsafe fn run<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
+        if !problem.x.tiled {
+            // SAFETY: the caller's promise: where there is AMX, there is AVX-512.
+            return unsafe { Avx512::run::<BITS, SCALES>(problem) };
+        }
+        let x = problem.x;
+        let tiles = problem.rows.end.div_ceil(TILE_ROWS);
+        assert!(problem.rows.start.is_multiple_of(TILE_ROWS) && problem.rows.end <= x.rows);
+        assert!(x.codes.len() >= tiles * x.blocks * TILE_ROWS && x.tiles.len() >= tiles * x.blocks);
+        if problem.rows.is_empty() || problem.groups.is_empty() || x.blocks == 0 {
+            return;
+        }
+        PANELS.with_borrow_mut(|panels| {
+            let codes = x.blocks * PANEL / size_of::<Codes>();
+            if panels.len() < 2 * codes {
+                panels.resize(2 * codes, Codes([0; 64]));
+            }
+            let (a, b) = panels.split_at_mut(codes);
+            // SAFETY: the caller's promise, and what was just checked.
+            unsafe {
+                let panels = [a.as_mut_ptr().cast(), b.as_mut_ptr().cast()];
+                // A tile that is half empty takes half the time.
+                if x.rows <= TILE_ROWS / 2 {
+                    groups::<BITS, SCALES, { TILE_ROWS / 2 }>(problem, panels);
+                } else {
+                    groups::<BITS, SCALES, TILE_ROWS>(problem, panels);
+                }
+            }
+        });
+    }
+}
+
+/// # Safety
+/// The instruction set is there. The activations are in tiles, the problem is not empty and its rows begin with a tile;
+/// each of `panels` has room for the codes of a group.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
+    problem: &Problem<'_>,
+    panels: [*mut u8; 2],
+) {
+    let (x, rows) = (problem.x, &problem.rows);
+    // Halves of blocks have scales of their own in one format.
+    let parts = if SCALES == HALVES { 2 } else { 1 };
+    let first_tile = rows.start / TILE_ROWS * x.blocks;
+    let activations = x.codes[first_tile * TILE_ROWS..].as_ptr().cast::<u8>();
+    let mut staged = [const { Sums([[0; LANES]; 2 * TILE_ROWS]) }; 2];
+    let staged = staged.each_mut().map(|sums| sums.0.as_mut_ptr().cast::<u8>());
+    // SAFETY: the caller's promise: all pointers stay within a panel, a tile's activations and the staged sums.
+    unsafe {
+        let _in_use = Configured::new(ROWS as u8, 32 / parts as u8);
+        let mut next = Next { panel: panels[0], activations };
+        for block in 0..x.blocks {
+            open::<BITS, SCALES>(problem, problem.groups.start, block, panels[0]);
+        }
+        next.multiply(0, staged[1]);
+        let mut count = 0;
+        for (g, group) in problem.groups.clone().enumerate() {
+            let last_group = group + 1 == problem.groups.end;
+            let scales = problem.group(group, rows.start).scales.as_ptr();
+            for first in rows.clone().step_by(TILE_ROWS) {
+                let last_tile = first + TILE_ROWS >= rows.end;
+                let tile = x.tiles[first / TILE_ROWS * x.blocks..].as_ptr();
+                let mut sums = [_mm512_setzero_ps(); TILE_ROWS];
+                for block in 0..x.blocks {
+                    let scales = block_scales::<BITS, SCALES>(scales, block);
+                    // Of the next group, so that its memory is waited for while there is something to compute.
+                    if first == rows.start && !last_group {
+                        open::<BITS, SCALES>(problem, group + 1, block, panels[(g + 1) % 2]);
+                    }
+                    for part in 0..parts {
+                        let last = block + 1 == x.blocks && part + 1 == parts;
+                        next.advance(parts, part);
+                        if last {
+                            next.panel = panels[(g + usize::from(last_tile)) % 2];
+                            if last_tile {
+                                next.activations = activations;
+                            }
+                        }
+                        if last && last_tile && last_group {
+                            Next::store(count, staged[count % 2]);
+                        } else {
+                            next.multiply(count + 1, staged[count % 2]);
+                        }
+                        add::<SCALES, ROWS>(
+                            &mut sums,
+                            staged[count % 2].cast(),
+                            scales,
+                            part,
+                            &*tile.add(block),
+                        );
+                        count += 1;
+                    }
+                }
+                macro_rules! put {
+                    ($($t:literal)*) => {$(
+                        if $t < ROWS && first + $t < rows.end {
+                            let mut out = [0.0; LANES];
+                            _mm512_storeu_ps(out.as_mut_ptr(), sums[$t]);
+                            problem.put(first + $t, group, &out);
+                        }
+                    )*};
+                }
+                put!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+            }
+        }
+    }
+}
+
+/// Unpacks the codes of a block of a group, less their bias, to signed bytes.
+///
+/// # Safety
+/// The instruction set is there; there is such a block, and room for the group at `panel`, on a cache line.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn open<const BITS: u32, const SCALES: u8>(
+    problem: &Problem<'_>,
+    group: usize,
+    block: usize,
+    panel: *mut u8,
+) {
+    let layout = const { layout_of::<BITS, SCALES>() };
+    let codes = problem.w.group(group).as_ptr();
+    prefetch::<BITS, SCALES, TILE_ROWS>(codes, block);
+    // SAFETY: the caller's promise, and what a group is.
+    unsafe {
+        let quads = unpack::<BITS>(codes.add(block * layout.code_bytes()));
+        for (q, quad) in quads.into_iter().enumerate() {
+            let quad = match layout.bias {
+                0 => quad,
+                bias => _mm512_sub_epi8(quad, _mm512_set1_epi8(bias as i8)),
+            };
+            _mm512_store_si512(panel.add(block * PANEL + 64 * q).cast(), quad);
+        }
+    }
+}
+
+/// Adds the products of a block, or of a part of it, to the sums of a tile's rows.
+///
+/// # Safety
+/// The instruction set is there, and the tiles of sums at `staged`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn add<const SCALES: u8, const ROWS: usize>(
+    sums: &mut [__m512; TILE_ROWS],
+    staged: *const f32,
+    scales: [__m512; 2],
+    part: usize,
+    run: &TileScales,
+) {
+    // Of the high bytes' sums what both began with is taken away, which is a multiple of 256, too: nothing is rounded before
+    // the sum of both.
+    let begin = _mm512_set1_ps(BEGIN.map(f32::from_bits)[0] + BEGIN.map(f32::from_bits)[1]);
+    macro_rules! rows {
+        ($($t:literal)*) => {$(if $t < ROWS {
+            // SAFETY: the caller's promise.
+            let (high, low) = unsafe {
+                (_mm512_load_ps(staged.add(LANES * $t)), _mm512_load_ps(staged.add(LANES * (TILE_ROWS + $t))))
+            };
+            let product = _mm512_add_ps(_mm512_sub_ps(high, begin), low);
+            let scale = _mm512_mul_ps(scales[part], _mm512_set1_ps(run.scale[$t]));
+            sums[$t] = _mm512_fmadd_ps(product, scale, sums[$t]);
+            if SCALES != PLAIN && SCALES != HALVES {
+                sums[$t] = _mm512_fmadd_ps(scales[1], _mm512_set1_ps(run.sum[$t]), sums[$t]);
+            }
+        })*};
+    }
+    // Written out, so that the sums stay in registers.
+    rows!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+}
+
+/// What sums begin with: 1.5 * 2^31 and 1.5 * 2^23 as bits of f32.
+const BEGIN: [u32; 2] = [0x4f40_0000, 0x4b40_0000];
+
+/// A row of a tile for each, which all its rows are loaded from.
+static BEGINNINGS: Sums = Sums({
+    let mut rows = [[0; LANES]; 2 * TILE_ROWS];
+    rows[0] = [BEGIN[0]; LANES];
+    rows[1] = [BEGIN[1]; LANES];
+    rows
+});
+
+/// What is multiplied next: 16 rows of weights, and of activations.
+struct Next {
+    panel: *const u8,
+    activations: *const u8,
+}
+
+/// Multiplies on the tiles that are named: sums of the high and of the low bytes, weights; then stores the sums of before.
+macro_rules! multiply {
+    ($next:ident, $staged:ident, $high:literal, $low:literal, $weights:literal, $old_high:literal, $old_low:literal) => {
+        asm!(
+            concat!("tileloadd ", $weights, ", [{weights} + {line} * 1]"),
+            "tileloadd tmm4, [{activations} + {line} * 1]",
+            "tileloadd tmm5, [{activations} + {line} * 1 + 32]",
+            concat!("tileloadd ", $high, ", [{begin} + {same} * 1]"),
+            concat!("tdpbssd ", $high, ", tmm4, ", $weights),
+            concat!("tilestored [{staged} + {line} * 1], ", $old_high),
+            concat!("tileloadd ", $low, ", [{begin} + {same} * 1 + 64]"),
+            concat!("tdpbssd ", $low, ", tmm5, ", $weights),
+            concat!("tilestored [{staged} + {line} * 1 + 1024], ", $old_low),
+            weights = in(reg) $next.panel,
+            activations = in(reg) $next.activations,
+            staged = in(reg) $staged,
+            begin = in(reg) BEGINNINGS.0.as_ptr(),
+            line = in(reg) 64usize,
+            same = in(reg) 0usize,
+            options(nostack, preserves_flags),
+        )
+    };
+}
+
+impl Next {
+    /// Goes on from part `part` of a block to what lies behind it.
+    #[inline(always)]
+    fn advance(&mut self, parts: usize, part: usize) {
+        let line = size_of::<Codes>();
+        // A half of a block's activations lies in the same cache lines, of its weights behind the other.
+        let activations = match part + 1 == parts {
+            true => TILE_ROWS * line - part * 16,
+            false => 16,
+        };
+        self.activations = self.activations.wrapping_add(activations);
+        self.panel = self.panel.wrapping_add(PANEL / parts);
+    }
+
+    /// Multiplication number `count`; the sums of the one before are stored to `staged`.
+    ///
+    /// # Safety
+    /// The tiles are configured; there is a tile of weights and one of activations, and room for two tiles at `staged`.
+    #[inline(always)]
+    unsafe fn multiply(&self, count: usize, staged: *mut u8) {
+        // SAFETY: the caller's promise. No other code uses the tiles' registers.
+        unsafe {
+            match count % 2 {
+                0 => multiply!(self, staged, "tmm0", "tmm1", "tmm6", "tmm2", "tmm3"),
+                _ => multiply!(self, staged, "tmm2", "tmm3", "tmm7", "tmm0", "tmm1"),
+            }
+        }
+    }
+
+    /// Stores the sums of multiplication number `count`.
+    ///
+    /// # Safety
+    /// As for [`Next::multiply`].
+    #[inline(always)]
+    unsafe fn store(count: usize, staged: *mut u8) {
+        macro_rules! store {
+            ($high:literal, $low:literal) => {
+                asm!(
+                    concat!("tilestored [{staged} + {line} * 1], ", $high),
+                    concat!("tilestored [{staged} + {line} * 1 + 1024], ", $low),
+                    staged = in(reg) staged,
+                    line = in(reg) 64usize,
+                    options(nostack, preserves_flags),
+                )
+            };
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            match count % 2 {
+                0 => store!("tmm0", "tmm1"),
+                _ => store!("tmm2", "tmm3"),
+            }
+        }
+    }
+}
+
+/// The tiles' shapes, as the instruction that sets them wants them; and that they are set, for as long as this lives.
+#[repr(C, align(64))]
+struct Configured {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl Configured {
+    /// For products of `count` rows of activations over `inputs` inputs.
+    ///
+    /// # Safety
+    /// The instruction set is there.
+    unsafe fn new(count: u8, inputs: u8) -> Configured {
+        let mut row_bytes = [0; 16];
+        let mut rows = [0; 16];
+        // Sums, activations, weights.
+        row_bytes[..8].copy_from_slice(&[64, 64, 64, 64, inputs.into(), inputs.into(), 64, 64]);
+        rows[..6].fill(count);
+        rows[6..8].fill(inputs / 4);
+        let shapes = Configured { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
+        // SAFETY: the caller's promise; 64 bytes, and shapes within a tile's limits.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly, preserves_flags))
+        }
+        shapes
+    }
+}
+
+impl Drop for Configured {
+    fn drop(&mut self) {
+        // SAFETY: there are tiles, or this would not be. A thread whose tiles are released has nothing of them to be saved.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) }
+    }
+}
