@@ -8,18 +8,22 @@ use crate::kernels::cpu::lanes::{Lanes, on_isa};
 
 /// Positions of a chunk.
 pub(super) const CHUNK: usize = 256;
-/// Queries that are computed together: as many as registers can hold sums for.
-const QUERIES: usize = 6;
+/// Most queries that are computed together: as many as registers can hold sums for, of two vectors each.
+const QUERIES: usize = 12;
 /// Positions and dimensions of a vector.
 const WIDTH: usize = 16;
 /// Keys and values are asked for as many bytes of each dimension before they are used: some ten thousand in all, as
 /// memory's latency wants it.
 const AHEAD: usize = 128;
 
+/// Dimensions of queries that lie together.
+const SLAB: usize = 256;
+
 /// A thread's memory for one unit.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Scaled queries `[query][head_dim]`.
+    /// Scaled queries, `[slab][query][SLAB]`: neighbours lie as far apart whatever the dimension is, so that kernels find all
+    /// of a batch from one address.
     queries: Vec<f32>,
     /// Per query its state so far: largest score, sum of weights, weighted sum of values.
     states: Vec<f32>,
@@ -35,10 +39,13 @@ impl Scratch {
     pub fn begin<E>(&mut self, problem: &Problem<'_, E>, unit: &Unit) {
         let (dim, count) = (problem.shape.head_dim, problem.queries(unit));
         self.state = problem.shape.value_dim() + 2;
-        self.queries.clear();
+        self.queries.resize(dim.div_ceil(SLAB) * count * SLAB, 0.0);
         for query in 0..count {
             let place = problem.place(unit, query);
-            self.queries.extend(problem.q[place..place + dim].iter().map(|q| q * problem.spec.scale));
+            for (slab, from) in problem.q[place..place + dim].chunks(SLAB).enumerate() {
+                let to = &mut self.queries[(slab * count + query) * SLAB..];
+                to.iter_mut().zip(from).for_each(|(to, q)| *to = q * problem.spec.scale);
+            }
         }
         self.states.resize(count * self.state, 0.0);
         self.states.chunks_exact_mut(self.state).for_each(clear);
@@ -109,21 +116,33 @@ fn run_chunk_body<L: Lanes, E: Element>(
     scratch: &mut Scratch,
 ) {
     let count = problem.queries(unit);
-    let most = if L::REGISTERS >= 32 { QUERIES } else { 2 };
     let mut first = 0;
     while first < count {
-        // Even batches: 8 queries are better split 4 + 4 than 6 + 2.
-        let left = count - first;
-        let batch = left.div_ceil(left.div_ceil(most));
+        let batch = batch::<L>(count - first);
         match batch {
             1 => run_batch::<L, E, 1>(problem, unit, next, chunk, first, scratch),
             2 => run_batch::<L, E, 2>(problem, unit, next, chunk, first, scratch),
             3 => run_batch::<L, E, 3>(problem, unit, next, chunk, first, scratch),
             4 => run_batch::<L, E, 4>(problem, unit, next, chunk, first, scratch),
             5 => run_batch::<L, E, 5>(problem, unit, next, chunk, first, scratch),
-            _ => run_batch::<L, E, 6>(problem, unit, next, chunk, first, scratch),
+            6 => run_batch::<L, E, 6>(problem, unit, next, chunk, first, scratch),
+            8 => run_batch::<L, E, 8>(problem, unit, next, chunk, first, scratch),
+            _ => run_batch::<L, E, QUERIES>(problem, unit, next, chunk, first, scratch),
         }
         first += batch;
+    }
+}
+
+/// How many of `left` queries are computed together.
+#[inline(always)]
+fn batch<L: Lanes>(left: usize) -> usize {
+    match (L::REGISTERS >= 32, left) {
+        (true, 24.. | 12) => QUERIES,
+        // Even batches: 14 queries are better split 8 + 6 than 12 + 2.
+        (true, 13..24 | 8) => 8,
+        (true, 7..) => left.div_ceil(2),
+        (true, _) => left,
+        (false, _) => left.min(2),
     }
 }
 
@@ -156,7 +175,7 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
     };
 
     // Two vectors of positions at a time, so that additions need not wait for each other.
-    let queries = &scratch.queries[first * problem.shape.head_dim..][..Q * problem.shape.head_dim];
+    let queries = (&scratch.queries[first * SLAB..], problem.queries(unit) * SLAB);
     let mut v = whole.start;
     while v < whole.end {
         // SAFETY: vectors `v` and `v + 1` hold positions that `Rows::check` found blocks for.
@@ -187,7 +206,7 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
             }
         }
     }
-    let slab = if L::REGISTERS >= 32 { 4 } else { 2 };
+    let slab = if L::REGISTERS >= 32 && Q <= 6 { 4 } else { 2 };
     let vectors = problem.shape.value_dim() / WIDTH;
     for at in (0..vectors).step_by(slab) {
         // SAFETY: as above, and the slab's vectors are within a value.
@@ -309,18 +328,18 @@ impl<E: Element> Pages<'_, E> {
     }
 }
 
-/// Scores of `Q` queries with `V` vectors of positions from vector `v` on.
+/// Scores of `Q` queries with `V` vectors of positions from vector `v` on. Slabs of the queries are `apart`.
 ///
 /// # Safety
-/// The vectors' positions are in the cache.
+/// The vectors' positions are in the cache, and the queries in all slabs.
 #[inline(always)]
 unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
     pages: &Pages<'_, E>,
-    queries: &[f32],
+    (queries, apart): (&[f32], usize),
     out: &mut [f32],
     v: usize,
 ) {
-    let dim = queries.len() / Q;
+    let dim = pages.problem.shape.head_dim;
     let keys: [*const E; V] = std::array::from_fn(|i| pages.keys(v + i));
     let next = pages.ahead(v - pages.whole.start, keys[0]);
     if E::SCALE > 0 && pages.fetch {
@@ -330,17 +349,21 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
         }
     }
     let mut sums = [[L::splat(0.0); V]; Q];
-    for d in 0..dim {
-        for line in (0..V * WIDTH * size_of::<E>()).step_by(64) {
-            L::prefetch(next.cast::<u8>().wrapping_add(d * V * WIDTH * size_of::<E>() + line));
-        }
-        // SAFETY: the caller's promise; queries are `Q * dim`.
-        unsafe {
-            let keys: [L; V] = std::array::from_fn(|i| E::load(keys[i].add(d * pages.problem.shape.block)));
-            for (q, sums) in sums.iter_mut().enumerate() {
-                let query = L::splat(*queries.get_unchecked(q * dim + d));
-                for (sum, key) in sums.iter_mut().zip(keys) {
-                    *sum = key.mul_add(query, *sum);
+    for slab in 0..dim.div_ceil(SLAB) {
+        let queries = &queries[slab * apart..];
+        for d in slab * SLAB..dim.min((slab + 1) * SLAB) {
+            for line in (0..V * WIDTH * size_of::<E>()).step_by(64) {
+                L::prefetch(next.cast::<u8>().wrapping_add(d * V * WIDTH * size_of::<E>() + line));
+            }
+            // SAFETY: the caller's promise.
+            unsafe {
+                let keys: [L; V] =
+                    std::array::from_fn(|i| E::load(keys[i].add(d * pages.problem.shape.block)));
+                for (q, sums) in sums.iter_mut().enumerate() {
+                    let query = L::splat(*queries.get_unchecked(q * SLAB + d % SLAB));
+                    for (sum, key) in sums.iter_mut().zip(keys) {
+                        *sum = key.mul_add(query, *sum);
+                    }
                 }
             }
         }

@@ -172,6 +172,12 @@ fn cases() -> Vec<Case> {
             spec: AttentionSpec { window: Some(300), softcap: Some(2.0), ..spec(2, 144) },
             sequences: vec![(900, 20), (100, 100), (700, 1)],
         },
+        // Very wide heads, an odd number of which share one; rows that make up batches of all sizes.
+        Case {
+            shape: KvShape { block: 32, heads: 1, head_dim: 272 },
+            spec: spec(7, 272),
+            sequences: vec![(300, 16), (40, 1), (50, 2), (60, 3), (70, 5)],
+        },
         Case {
             shape: KvShape { block: 16, heads: 1, head_dim: 8 },
             spec: AttentionSpec { window: Some(1), ..spec(4, 8) },
