@@ -4,13 +4,12 @@
 //! weights two tiles of sums, those of the high and of the low bytes, are stored and added up by AVX-512 as the kernel of
 //! that instruction set does, in the same order. So results are the same, bit for bit, and few rows take that kernel.
 //!
-//! Three things are due to how these processors work (Intel's optimisation manual, chapter on AMX, and measurements on a
-//! Granite Rapids):
-//! - Tiles take some 50 cycles to multiply. So the sums of one block are stored while the next one's are computed.
-//! - While tiles are in use, vectors of 512 bits are multiplied or converted on one port, and added on two. So sums do not
-//!   begin with zero but as bits of floats, 1.5 * 2^31 and 1.5 * 2^23: what is added to those counts 256 and 1, and to
-//!   have it as floats takes no conversion.
-//! - Sums of the two planes need no shift for the same reason.
+//! Two things are due to how these processors work (measured on a Granite Rapids):
+//! - A product of tiles takes some 50 cycles. So the sums of one block are stored while the next one's are computed, and the
+//!   codes of the next 16 rows of weights are unpacked meanwhile.
+//! - While tiles are in use, only one port multiplies, converts and shifts vectors of 512 bits, while two add them. So sums
+//!   begin not with zero but as the bits of 1.5 * 2^31 and 1.5 * 2^23 in f32. What is added to such a number as an integer
+//!   counts 256 and 1 in it as a float: both planes are joined by additions alone.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -69,6 +68,8 @@ impl Product for Amx {
     }
 }
 
+/// See [`Product::run`], with tiles of which `ROWS` rows are used.
+///
 /// # Safety
 /// The instruction set is there. The activations are in tiles, the problem is not empty and its rows begin with a tile;
 /// each of `panels` has room for the codes of a group.
@@ -188,7 +189,7 @@ unsafe fn add<const SCALES: u8, const ROWS: usize>(
 ) {
     // Of the high bytes' sums what both began with is taken away, which is a multiple of 256, too: nothing is rounded before
     // the sum of both.
-    let begin = _mm512_set1_ps(BEGIN.map(f32::from_bits)[0] + BEGIN.map(f32::from_bits)[1]);
+    let begin = _mm512_set1_ps(f32::from_bits(BEGIN[0]) + f32::from_bits(BEGIN[1]));
     macro_rules! rows {
         ($($t:literal)*) => {$(if $t < ROWS {
             // SAFETY: the caller's promise.
