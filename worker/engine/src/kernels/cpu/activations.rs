@@ -110,12 +110,12 @@ impl Places {
     /// # Safety
     /// There is such a run, and nobody else has its places.
     #[inline(always)]
-    unsafe fn put(&self, run: usize, scale: RunScale) -> &mut Codes {
+    unsafe fn put(&self, run: usize, scale: RunScale) -> *mut Codes {
         // SAFETY: the caller's promise; `quantise` made room for all runs.
         unsafe {
             if !self.tiled {
                 *self.scales.at(run) = scale;
-                return &mut *self.codes.at(run);
+                return self.codes.at(run);
             }
             let (row, block) = (run / self.blocks, run % self.blocks);
             let (index, row) = (row / TILE_ROWS * self.blocks + block, row % TILE_ROWS);
@@ -123,7 +123,7 @@ impl Places {
             let tile = self.tiles.at(index);
             (&raw mut (*tile).scale[row]).write(scale.scale);
             (&raw mut (*tile).sum[row]).write(scale.sum);
-            &mut *self.codes.at(index * TILE_ROWS + row)
+            self.codes.at(index * TILE_ROWS + row)
         }
     }
 }
@@ -147,7 +147,7 @@ fn kernel(isa: Isa) -> Kernel {
 /// As for [`Places::put`].
 unsafe fn portable(x: &[f32], first: usize, to: &Places) {
     // SAFETY: the caller's promise.
-    let to = |run, scale| unsafe { to.put(first + run, scale) };
+    let to = |run, scale| unsafe { &mut *to.put(first + run, scale) };
     each_run(x, to, |v, codes| {
         for (bytes, v) in codes.0.chunks_exact_mut(2).zip(v) {
             bytes.copy_from_slice(&v.to_le_bytes());
@@ -162,7 +162,7 @@ unsafe fn portable(x: &[f32], first: usize, to: &Places) {
 #[cfg(target_arch = "aarch64")]
 unsafe fn planes(x: &[f32], first: usize, to: &Places) {
     // SAFETY: the caller's promise.
-    let to = |run, scale| unsafe { to.put(first + run, scale) };
+    let to = |run, scale| unsafe { &mut *to.put(first + run, scale) };
     each_run(x, to, |v, codes| {
         let (high, low) = codes.0.split_at_mut(BLOCK);
         for ((high, low), v) in high.iter_mut().zip(low).zip(v) {
@@ -212,7 +212,7 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     pub unsafe fn avx2(x: &[f32], first: usize, to: &Places) {
         // SAFETY: the caller's promise.
-        let to = |run, scale| unsafe { to.put(first + run, scale) };
+        let to = |run, scale| unsafe { &mut *to.put(first + run, scale) };
         each_run(x, to, |v, codes| {
             for (bytes, v) in codes.0.chunks_exact_mut(8).zip(v.chunks_exact(4)) {
                 for (bytes, i) in bytes.chunks_exact_mut(2).zip([0, 2, 1, 3]) {
@@ -243,7 +243,7 @@ mod x86 {
                 let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
                 let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
                 let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
-                let codes = to.put(first + run, run_scale).0.as_mut_ptr().cast::<__m128i>();
+                let codes = to.put(first + run, run_scale).cast::<__m128i>();
                 for (i, v) in [a, b].into_iter().enumerate() {
                     // The low byte counts as signed, so the high one is that of v + 128.
                     let high = _mm512_srai_epi32::<8>(_mm512_add_epi32(v, _mm512_set1_epi32(128)));
