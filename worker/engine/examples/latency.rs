@@ -99,14 +99,12 @@ fn pauses(running: &Running) {
     }
     let mut last: [Option<Instant>; 9] = [None; 9];
     let (mut gaps, mut beside) = (Vec::new(), Vec::new());
-    let (mut sent, mut long_done, mut ended) = (None, None, 0);
-    while long_done.is_none() {
+    let (mut sent, mut long_done, mut ended) = (None::<Instant>, false, 0);
+    while !long_done {
         let (when, events) = running.step();
         for event in events {
             let id = event.id.0 as usize;
-            if id == 9 {
-                long_done = Some(when);
-            }
+            long_done |= id == 9;
             ended += usize::from(event.finish.is_some());
             if let Some(before) = last.get_mut(id).and_then(|last| last.replace(when)) {
                 if sent.is_some() { beside.push(when - before) } else { gaps.push(when - before) }
@@ -118,6 +116,7 @@ fn pauses(running: &Running) {
             running.engine.submit(request(9, Prompt::Text(" tea".repeat(words)), 1));
         }
     }
+    let took = sent.map_or(Duration::ZERO, |sent| sent.elapsed());
     (1..=8).for_each(|id| running.engine.cancel(SequenceId(id)));
     while ended < 9 {
         ended += running.step().1.iter().filter(|event| event.finish.is_some()).count();
@@ -126,7 +125,6 @@ fn pauses(running: &Running) {
     beside.sort();
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let (median, chunked) = (gaps[gaps.len() / 2], beside[beside.len() / 2]);
-    let took = long_done.zip(sent).map_or(Duration::ZERO, |(done, sent)| done - sent);
     println!(
         "8 streams: median gap {:.1} ms; beside a long prompt {:.1} ms, 99th percentile {:.1} ms, longest {:.1} ms; its first \
          token after {:.0} ms",

@@ -71,13 +71,11 @@ impl Activations {
         self.tiled = pool.isa() == Isa::Amx && rows >= WORTH_TILES;
         // What the last tile holds beyond the rows is never looked at.
         let runs = blocks * if self.tiled { rows.next_multiple_of(TILE_ROWS) } else { rows };
-        if self.codes.len() < runs {
-            self.codes.resize(runs, Codes([0; 64]));
-        }
-        if self.tiled && self.tiles.len() < runs / TILE_ROWS {
-            self.tiles.resize(runs / TILE_ROWS, TileScales::default());
-        } else if !self.tiled && self.scales.len() < runs {
-            self.scales.resize(runs, RunScale::default());
+        grow(&mut self.codes, runs, Codes([0; 64]));
+        if self.tiled {
+            grow(&mut self.tiles, runs / TILE_ROWS, TileScales::default());
+        } else {
+            grow(&mut self.scales, runs, RunScale::default());
         }
         let to = Places {
             codes: Shared(self.codes.as_mut_ptr()),
@@ -92,6 +90,13 @@ impl Activations {
             // SAFETY: the pool's instruction set is there; runs of `x` have places of their own, and tasks different runs.
             unsafe { run(&x[range.start * BLOCK..range.end * BLOCK], range.start, &to) }
         });
+    }
+}
+
+/// Makes room for `len` elements.
+fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
+    if vector.len() < len {
+        vector.resize(len, value);
     }
 }
 
@@ -146,13 +151,13 @@ fn kernel(isa: Isa) -> Kernel {
 /// # Safety
 /// As for [`Places::put`].
 unsafe fn portable(x: &[f32], first: usize, to: &Places) {
-    // SAFETY: the caller's promise.
-    let to = |run, scale| unsafe { &mut *to.put(first + run, scale) };
-    each_run(x, to, |v, codes| {
+    let put = |v: &[i16; BLOCK], codes: &mut Codes| {
         for (bytes, v) in codes.0.chunks_exact_mut(2).zip(v) {
             bytes.copy_from_slice(&v.to_le_bytes());
         }
-    });
+    };
+    // SAFETY: the caller's promise.
+    unsafe { each_run(x, first, to, put) }
 }
 
 /// Bytes apart, as instructions for products of bytes want them.
@@ -161,25 +166,24 @@ unsafe fn portable(x: &[f32], first: usize, to: &Places) {
 /// As for [`Places::put`].
 #[cfg(target_arch = "aarch64")]
 unsafe fn planes(x: &[f32], first: usize, to: &Places) {
-    // SAFETY: the caller's promise.
-    let to = |run, scale| unsafe { &mut *to.put(first + run, scale) };
-    each_run(x, to, |v, codes| {
+    let put = |v: &[i16; BLOCK], codes: &mut Codes| {
         let (high, low) = codes.0.split_at_mut(BLOCK);
         for ((high, low), v) in high.iter_mut().zip(low).zip(v) {
             // The low byte counts as signed, so the high one is that of v + 128.
             (*high, *low) = ((v.wrapping_add(128) >> 8) as u8, *v as u8);
         }
-    });
+    };
+    // SAFETY: the caller's promise.
+    unsafe { each_run(x, first, to, put) }
 }
 
-/// Quantises runs and hands the integers to `put`, with the place that `to` has for them. In plain operations, which
-/// compilers turn into vectors.
+/// Quantises runs and hands the integers to `put`, with the place for them. In plain operations, which compilers turn into
+/// vectors.
+///
+/// # Safety
+/// As for [`Places::put`].
 #[inline(always)]
-fn each_run<'a>(
-    x: &[f32],
-    to: impl Fn(usize, RunScale) -> &'a mut Codes,
-    put: impl Fn(&[i16; BLOCK], &mut Codes),
-) {
+unsafe fn each_run(x: &[f32], first: usize, to: &Places, put: impl Fn(&[i16; BLOCK], &mut Codes)) {
     for (run, x) in x.chunks_exact(BLOCK).enumerate() {
         // Magnitudes compared as integers: a NaN is the largest and so spoils its run, as it should.
         let mut largest = 0;
@@ -197,7 +201,9 @@ fn each_run<'a>(
             *v = integer;
             sum += i32::from(integer);
         }
-        put(&v, to(run, RunScale { scale, sum: scale * sum as f32, integer_sum: sum }));
+        let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
+        // SAFETY: the caller's promise.
+        put(&v, unsafe { &mut *to.put(first + run, run_scale) });
     }
 }
 
@@ -211,15 +217,15 @@ mod x86 {
     /// As for [`Places::put`].
     #[target_feature(enable = "avx2,fma")]
     pub unsafe fn avx2(x: &[f32], first: usize, to: &Places) {
-        // SAFETY: the caller's promise.
-        let to = |run, scale| unsafe { &mut *to.put(first + run, scale) };
-        each_run(x, to, |v, codes| {
+        let put = |v: &[i16; BLOCK], codes: &mut Codes| {
             for (bytes, v) in codes.0.chunks_exact_mut(8).zip(v.chunks_exact(4)) {
                 for (bytes, i) in bytes.chunks_exact_mut(2).zip([0, 2, 1, 3]) {
                     bytes.copy_from_slice(&v[i].to_le_bytes());
                 }
             }
-        });
+        };
+        // SAFETY: the caller's promise.
+        unsafe { each_run(x, first, to, put) }
     }
 
     /// # Safety

@@ -48,7 +48,8 @@ struct Problem<'a> {
     y: Shared<f32>,
 }
 
-/// 16 rows of weights of a block format. The codes begin on a cache line.
+/// 16 rows of weights of a block format: codes and scales of as many blocks as the activations have, the codes on a cache
+/// line.
 struct Group<'a> {
     codes: &'a [u8],
     scales: &'a [u8],
@@ -63,9 +64,8 @@ impl Problem<'_> {
     fn group(&self, index: usize, first: usize) -> Group<'_> {
         let layout = layout(self.w.dtype()).expect("a block format");
         let (codes, scales) = self.w.group(index).split_at(self.x.blocks * layout.code_bytes());
-        debug_assert!(
-            codes.as_ptr().align_offset(64) == 0 && scales.len() >= layout.scale_bytes(self.x.blocks)
-        );
+        assert!(scales.len() >= layout.scale_bytes(self.x.blocks));
+        assert!(codes.as_ptr().align_offset(64) == 0);
         Group { codes, scales, layout, fetch: first == self.rows.start }
     }
 
@@ -139,10 +139,14 @@ pub fn linear_many(pool: &Pool, x: &[f32], ws: &[&Packed], ys: &mut [&mut [f32]]
         })
         .collect();
     QUANTISED.with_borrow_mut(|quantised| {
+        let mut tile = TILE;
         if jobs.iter().any(|job| job.kernel.is_some()) {
             quantised.quantise(pool, x, cols / BLOCK);
+            if quantised.tiled {
+                tile = TILE_ROWS;
+            }
         }
-        run(pool, &Input { x, cols, n, quantised }, &jobs);
+        run(pool, &Input { x, cols, n, tile, quantised }, &jobs);
     });
 }
 
@@ -157,6 +161,8 @@ struct Input<'a> {
     x: &'a [f32],
     cols: usize,
     n: usize,
+    /// Rows that are shared out together.
+    tile: usize,
     quantised: &'a Activations,
 }
 
@@ -164,7 +170,7 @@ struct Input<'a> {
 fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
     let groups: usize = jobs.iter().map(|job| job.w.groups()).sum();
     let bytes: usize = jobs.iter().map(|job| job.w.bytes()).sum();
-    let (tile, threads) = (if input.quantised.tiled { TILE_ROWS } else { TILE }, pool.threads());
+    let (tile, threads) = (input.tile, pool.threads());
     let tiles = input.n.div_ceil(tile);
     let by_rows = threads <= BY_ROWS && tiles >= 2 * threads;
     // Too little work is shared by fewer threads.

@@ -16,13 +16,13 @@ const WIDTH: usize = 16;
 /// memory's latency wants it.
 const AHEAD: usize = 128;
 
-/// Dimensions of queries that lie together.
-const SLAB: usize = 256;
+/// Dimensions of a query that lie together: a piece.
+const PIECE: usize = 256;
 
 /// A thread's memory for one unit.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Scaled queries, `[slab][query][SLAB]`: neighbours lie as far apart whatever the dimension is, so that kernels find all
+    /// Scaled queries, `[piece][query][PIECE]`: neighbours lie as far apart whatever the dimension is, so that kernels find all
     /// of a batch from one address.
     queries: Vec<f32>,
     /// Per query its state so far: largest score, sum of weights, weighted sum of values.
@@ -39,11 +39,11 @@ impl Scratch {
     pub fn begin<E>(&mut self, problem: &Problem<'_, E>, unit: &Unit) {
         let (dim, count) = (problem.shape.head_dim, problem.queries(unit));
         self.state = problem.shape.value_dim() + 2;
-        self.queries.resize(dim.div_ceil(SLAB) * count * SLAB, 0.0);
+        self.queries.resize(dim.div_ceil(PIECE) * count * PIECE, 0.0);
         for query in 0..count {
             let place = problem.place(unit, query);
-            for (slab, from) in problem.q[place..place + dim].chunks(SLAB).enumerate() {
-                let to = &mut self.queries[(slab * count + query) * SLAB..];
+            for (piece, from) in problem.q[place..place + dim].chunks(PIECE).enumerate() {
+                let to = &mut self.queries[(piece * count + query) * PIECE..];
                 to.iter_mut().zip(from).for_each(|(to, q)| *to = q * problem.spec.scale);
             }
         }
@@ -175,7 +175,7 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
     };
 
     // Two vectors of positions at a time, so that additions need not wait for each other.
-    let queries = (&scratch.queries[first * SLAB..], problem.queries(unit) * SLAB);
+    let queries = (&scratch.queries[first * PIECE..], problem.queries(unit) * PIECE);
     let mut v = whole.start;
     while v < whole.end {
         // SAFETY: vectors `v` and `v + 1` hold positions that `Rows::check` found blocks for.
@@ -328,10 +328,10 @@ impl<E: Element> Pages<'_, E> {
     }
 }
 
-/// Scores of `Q` queries with `V` vectors of positions from vector `v` on. Slabs of the queries are `apart`.
+/// Scores of `Q` queries with `V` vectors of positions from vector `v` on. Pieces of the queries are `apart`.
 ///
 /// # Safety
-/// The vectors' positions are in the cache, and the queries in all slabs.
+/// The vectors' positions are in the cache, and the queries in all pieces.
 #[inline(always)]
 unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
     pages: &Pages<'_, E>,
@@ -349,9 +349,9 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
         }
     }
     let mut sums = [[L::splat(0.0); V]; Q];
-    for slab in 0..dim.div_ceil(SLAB) {
-        let queries = &queries[slab * apart..];
-        for d in slab * SLAB..dim.min((slab + 1) * SLAB) {
+    for piece in 0..dim.div_ceil(PIECE) {
+        let queries = &queries[piece * apart..];
+        for d in piece * PIECE..dim.min((piece + 1) * PIECE) {
             for line in (0..V * WIDTH * size_of::<E>()).step_by(64) {
                 L::prefetch(next.cast::<u8>().wrapping_add(d * V * WIDTH * size_of::<E>() + line));
             }
@@ -360,7 +360,7 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
                 let keys: [L; V] =
                     std::array::from_fn(|i| E::load(keys[i].add(d * pages.problem.shape.block)));
                 for (q, sums) in sums.iter_mut().enumerate() {
-                    let query = L::splat(*queries.get_unchecked(q * SLAB + d % SLAB));
+                    let query = L::splat(*queries.get_unchecked(q * PIECE + d % PIECE));
                     for (sum, key) in sums.iter_mut().zip(keys) {
                         *sum = key.mul_add(query, *sum);
                     }

@@ -11,6 +11,20 @@ use super::Lanes;
 #[derive(Clone, Copy)]
 pub struct V512(__m512);
 
+/// Joins one half of sixteen lanes with the other until one is left: the order of [`Lanes::sum`]. A macro, since a function
+/// that takes functions would be compiled without the instruction set.
+macro_rules! halved {
+    ($lanes:expr, $join_eight:ident, $join_four:ident) => {
+        unsafe {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd($lanes)));
+            let eight = $join_eight(_mm512_castps512_ps256($lanes), high);
+            let four = $join_four(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = $join_four(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32($join_four(two, _mm_movehdup_ps(two)))
+        }
+    };
+}
+
 impl Lanes for V512 {
     const REGISTERS: usize = 32;
     #[inline(always)]
@@ -76,23 +90,11 @@ impl Lanes for V512 {
     }
     #[inline(always)]
     fn sum(self) -> f32 {
-        unsafe {
-            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0)));
-            let eight = _mm256_add_ps(_mm512_castps512_ps256(self.0), high);
-            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-        }
+        halved!(self.0, _mm256_add_ps, _mm_add_ps)
     }
     #[inline(always)]
     fn largest(self) -> f32 {
-        unsafe {
-            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0)));
-            let eight = _mm256_max_ps(_mm512_castps512_ps256(self.0), high);
-            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
-        }
+        halved!(self.0, _mm256_max_ps, _mm_max_ps)
     }
     #[inline(always)]
     fn zero_below(self, of: Self, limit: f32) -> Self {

@@ -26,9 +26,9 @@ pub(super) struct Amx;
 /// Bytes of a block's codes as bytes, and so of the tile that they are.
 const PANEL: usize = 512;
 
-/// Two tiles of sums, high and low.
+/// Rows of tiles of sums.
 #[repr(C, align(64))]
-struct Sums([[u32; LANES]; 2 * TILE_ROWS]);
+struct Rows<const N: usize>([[u32; LANES]; N]);
 
 thread_local! {
     /// The codes of two groups: of the one in use, and of the next.
@@ -83,20 +83,27 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
     let parts = if SCALES == HALVES { 2 } else { 1 };
     let first_tile = rows.start / TILE_ROWS * x.blocks;
     let activations = x.codes[first_tile * TILE_ROWS..].as_ptr().cast::<u8>();
-    let mut staged = [const { Sums([[0; LANES]; 2 * TILE_ROWS]) }; 2];
+    // High and low, of two blocks in turn.
+    let mut staged = [const { Rows([[0; LANES]; 2 * TILE_ROWS]) }; 2];
     let staged = staged.each_mut().map(|sums| sums.0.as_mut_ptr().cast::<u8>());
+    let weights = |group| {
+        let group = problem.group(group, rows.start);
+        assert_eq!(group.layout, const { layout_of::<BITS, SCALES>() });
+        (group.codes.as_ptr(), group.scales.as_ptr())
+    };
     // SAFETY: the caller's promise: all pointers stay within a panel, a tile's activations and the staged sums.
     unsafe {
         let _in_use = Configured::new(ROWS as u8, 32 / parts as u8);
         let mut next = Next { panel: panels[0], activations };
+        let (codes, mut scales) = weights(problem.groups.start);
         for block in 0..x.blocks {
-            open::<BITS, SCALES>(problem, problem.groups.start, block, panels[0]);
+            open::<BITS, SCALES>(codes, block, panels[0]);
         }
         next.multiply(0, staged[1]);
         let mut count = 0;
         for (g, group) in problem.groups.clone().enumerate() {
             let last_group = group + 1 == problem.groups.end;
-            let scales = problem.group(group, rows.start).scales.as_ptr();
+            let following = (!last_group).then(|| weights(group + 1));
             for first in rows.clone().step_by(TILE_ROWS) {
                 let last_tile = first + TILE_ROWS >= rows.end;
                 let tile = x.tiles[first / TILE_ROWS * x.blocks..].as_ptr();
@@ -104,8 +111,8 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
                 for block in 0..x.blocks {
                     let scales = block_scales::<BITS, SCALES>(scales, block);
                     // Of the next group, so that its memory is waited for while there is something to compute.
-                    if first == rows.start && !last_group {
-                        open::<BITS, SCALES>(problem, group + 1, block, panels[(g + 1) % 2]);
+                    if let Some((codes, _)) = following.filter(|_| first == rows.start) {
+                        open::<BITS, SCALES>(codes, block, panels[(g + 1) % 2]);
                     }
                     for part in 0..parts {
                         let last = block + 1 == x.blocks && part + 1 == parts;
@@ -142,24 +149,19 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
                 }
                 put!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
             }
+            scales = following.map_or(scales, |(_, scales)| scales);
         }
     }
 }
 
-/// Unpacks the codes of a block of a group, less their bias, to signed bytes.
+/// Unpacks the codes of a block of the group whose codes are `codes`, less their bias, to signed bytes.
 ///
 /// # Safety
 /// The instruction set is there; there is such a block, and room for the group at `panel`, on a cache line.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn open<const BITS: u32, const SCALES: u8>(
-    problem: &Problem<'_>,
-    group: usize,
-    block: usize,
-    panel: *mut u8,
-) {
+unsafe fn open<const BITS: u32, const SCALES: u8>(codes: *const u8, block: usize, panel: *mut u8) {
     let layout = const { layout_of::<BITS, SCALES>() };
-    let codes = problem.w.group(group).as_ptr();
     prefetch::<BITS, SCALES, TILE_ROWS>(codes, block);
     // SAFETY: the caller's promise, and what a group is.
     unsafe {
@@ -212,12 +214,7 @@ unsafe fn add<const SCALES: u8, const ROWS: usize>(
 const BEGIN: [u32; 2] = [0x4f40_0000, 0x4b40_0000];
 
 /// A row of a tile for each, which all its rows are loaded from.
-static BEGINNINGS: Sums = Sums({
-    let mut rows = [[0; LANES]; 2 * TILE_ROWS];
-    rows[0] = [BEGIN[0]; LANES];
-    rows[1] = [BEGIN[1]; LANES];
-    rows
-});
+static BEGINNINGS: Rows<2> = Rows([[BEGIN[0]; LANES], [BEGIN[1]; LANES]]);
 
 /// What is multiplied next: 16 rows of weights, and of activations.
 struct Next {

@@ -37,6 +37,7 @@ impl<K: Tile> Product for K {
         assert!(problem.rows.end <= x.rows);
         each_tile(problem, |group, first, out| {
             let group = &problem.group(group, first);
+            assert_eq!(group.layout, const { layout_of::<BITS, SCALES>() });
             // SAFETY: the caller's promise, what was just checked, and what a [`Group`] is.
             unsafe {
                 match out.len() {
