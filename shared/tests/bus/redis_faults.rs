@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use crate::fixture::{Job, PATIENCE, delete_names, eventually, next, next_frames, open};
+use crate::fixture::{Job, PATIENCE, delete_names, eventually, next, next_frames, open, plain_connection};
 use crate::private::PrivateRedis;
 use crate::proxy::{Mode, Proxy};
 use crate::services::configured;
@@ -31,6 +31,19 @@ impl Behind {
         let bus = RedisBus::connect(&Services { redis_url: url, ..services.clone() }).await.unwrap();
         let straight = RedisBus::connect(&services).await.unwrap();
         Self { proxy, bus, straight, services }
+    }
+
+    /// Waits until Redis itself knows that nobody listens: for a moment after a cut it still counts the subscriptions.
+    async fn unheard(&self, channel: &str) {
+        let channel = self.services.name(channel);
+        let connection = plain_connection(&self.services).await;
+        eventually("Redis notices", async || {
+            let mut numsub = redis::cmd("PUBSUB");
+            numsub.arg("NUMSUB").arg(&channel);
+            let (_, listeners): (String, u64) = numsub.query_async(&mut connection.clone()).await.unwrap();
+            listeners == 0
+        })
+        .await;
     }
 
     async fn end(self) {
@@ -77,6 +90,7 @@ async fn what_is_said_during_an_outage_is_told_after_it() {
     b.proxy.set(Mode::Refuse);
     b.proxy.cut();
     eventually("it is noticed", async || b.bus.ready().await.is_err()).await;
+    b.unheard(&job.channel).await;
     let report = b.straight.append(&[job.append(1, 0)]).await.unwrap();
     assert_eq!(report.unheard, std::slice::from_ref(&job.channel));
     let cancelled = Uuid::new_v4();
