@@ -1,5 +1,5 @@
 //! How fast the CPU kernels are, with the sizes of SmolLM2-135M: `cargo run --release -p stoker-engine --example kernels
-//! [threads]`.
+//! [threads [rows ...]]`. With numbers of rows only the products are timed, with those.
 //!
 //! Prints the read bandwidth, then for several numbers of rows the time of one step's 211 products (30 layers, each with
 //! weights of its own, and the head), of its attention at two lengths of context, and of what lies between. Every figure
@@ -23,7 +23,9 @@ const SHAPE: KvShape = KvShape { block: 32, heads: 3, head_dim: 64 };
 const KV: usize = SHAPE.heads * SHAPE.head_dim;
 
 fn main() {
-    let threads = std::env::args().nth(1).and_then(|n| n.parse().ok());
+    let mut numbers = std::env::args().skip(1).map(|n| n.parse().expect("a number"));
+    let threads = numbers.next();
+    let rows: Vec<usize> = numbers.collect();
     let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
     let pool = Pool::new(threads);
     println!("{threads} threads, {}", pool.isa());
@@ -38,7 +40,8 @@ fn main() {
         "{:>5} {:>10} {:>10} {:>10} {:>8} {:>10}",
         "rows", "step, ms", "layers", "head", "rows/s", "bandwidth"
     );
-    for n in [1, 2, 4, 8, 16, 32, 512] {
+    let all = [1, 2, 4, 8, 16, 32, 512];
+    for &n in if rows.is_empty() { &all } else { rows.as_slice() } {
         let x = noise(n * WIDTH, 1);
         let mut buffers = Buffers::new(n);
         let (layers, head) = model.best(&pool, &x, &mut buffers);
@@ -54,6 +57,9 @@ fn main() {
         );
     }
 
+    if !rows.is_empty() {
+        return;
+    }
     println!("\nof 30 layers:\n{:>5} {:>8} {:>14} {:>10}", "rows", "context", "attention, ms", "bandwidth");
     for (n, context) in [(1, 512), (1, 2000), (16, 512), (16, 2000), (512, 512)] {
         let bench = Attention::new(&pool, n, context);

@@ -69,6 +69,18 @@ impl Problem<'_> {
         Group { codes, scales, layout, fetch: first == self.rows.start }
     }
 
+    /// Asks for the line that [`Problem::put`] will write: the processor fetches it first even if it is written whole, and a
+    /// kernel so fast that it has nothing else to do meanwhile would wait.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[inline(always)]
+    fn announce(&self, row: usize, group: usize) {
+        let last = row * self.w.rows() + group * LANES + LANES - 1;
+        // SAFETY: asking for memory that is not there does nothing.
+        unsafe {
+            std::arch::asm!("prefetchw [{}]", in(reg) self.y.at(last), options(nostack, preserves_flags))
+        }
+    }
+
     /// Stores the outputs of a group for a row of activations.
     #[inline(always)]
     fn put(&self, row: usize, group: usize, values: &[f32; LANES]) {

@@ -107,6 +107,9 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
             for first in rows.clone().step_by(TILE_ROWS) {
                 let last_tile = first + TILE_ROWS >= rows.end;
                 let tile = x.tiles[first / TILE_ROWS * x.blocks..].as_ptr();
+                for row in (first..rows.end).take(ROWS) {
+                    problem.announce(row, group);
+                }
                 let mut sums = [_mm512_setzero_ps(); TILE_ROWS];
                 for block in 0..x.blocks {
                     let scales = block_scales::<BITS, SCALES>(scales, block);
