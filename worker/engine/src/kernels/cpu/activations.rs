@@ -82,9 +82,8 @@ impl Activations {
             scales: Shared(self.scales.as_mut_ptr()),
             tiles: Shared(self.tiles.as_mut_ptr()),
             blocks,
-            tiled: self.tiled,
         };
-        let run = kernel(pool.isa());
+        let run = kernel(pool.isa(), self.tiled);
         // Some three thousand values are worth another thread.
         pool.split(rows * blocks, 96, |range| {
             // SAFETY: the pool's instruction set is there; runs of `x` have places of their own, and tasks different runs.
@@ -106,44 +105,52 @@ struct Places {
     scales: Shared<RunScale>,
     tiles: Shared<TileScales>,
     blocks: usize,
-    tiled: bool,
 }
 
 impl Places {
     /// The place for the codes of run `run`, counted row by row, once its scale is put where it belongs.
     ///
     /// # Safety
-    /// There is such a run, and nobody else has its places.
+    /// There is such a run, nobody else has its places, and rows are not in tiles.
     #[inline(always)]
     unsafe fn put(&self, run: usize, scale: RunScale) -> *mut Codes {
         // SAFETY: the caller's promise; `quantise` made room for all runs.
+        unsafe { *self.scales.at(run) = scale };
+        self.codes.at(run)
+    }
+
+    /// The same for block `block` of row `row`, if rows are in tiles.
+    ///
+    /// # Safety
+    /// There is such a run, nobody else has its places, and rows are in tiles.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AMX has tiles"))]
+    #[inline(always)]
+    unsafe fn put_in_tile(&self, row: usize, block: usize, scale: RunScale) -> *mut Codes {
+        let (index, row) = (row / TILE_ROWS * self.blocks + block, row % TILE_ROWS);
+        // SAFETY: the caller's promise; `quantise` made room for all tiles. Of a tile's scales each row has its own; a
+        // reference to all would claim the others'.
         unsafe {
-            if !self.tiled {
-                *self.scales.at(run) = scale;
-                return self.codes.at(run);
-            }
-            let (row, block) = (run / self.blocks, run % self.blocks);
-            let (index, row) = (row / TILE_ROWS * self.blocks + block, row % TILE_ROWS);
-            // Of a tile's scales each row has its own; a reference to all would claim the others'.
             let tile = self.tiles.at(index);
             (&raw mut (*tile).scale[row]).write(scale.scale);
             (&raw mut (*tile).sum[row]).write(scale.sum);
-            self.codes.at(index * TILE_ROWS + row)
         }
+        self.codes.at(index * TILE_ROWS + row)
     }
 }
 
-/// Quantises runs, the first of which is number `first`.
+/// Quantises runs, the first of which is number `first`, to where they belong.
 type Kernel = unsafe fn(&[f32], usize, &Places);
 
-fn kernel(isa: Isa) -> Kernel {
+fn kernel(isa: Isa, tiled: bool) -> Kernel {
     match isa {
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => planes,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => x86::avx2,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => x86::avx512,
+        Isa::Amx if tiled => x86::avx512::<true>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => x86::avx512::<false>,
         _ => portable,
     }
 }
@@ -229,9 +236,11 @@ mod x86 {
     }
 
     /// # Safety
-    /// As for [`Places::put`].
+    /// As for [`Places::put`] or [`Places::put_in_tile`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub unsafe fn avx512(x: &[f32], first: usize, to: &Places) {
+    pub unsafe fn avx512<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
+        // Divided once, not for each run.
+        let (mut row, mut block) = (first / to.blocks, first % to.blocks);
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
         for (run, x) in x.chunks_exact(BLOCK).enumerate() {
             // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
@@ -249,13 +258,21 @@ mod x86 {
                 let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
                 let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
                 let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
-                let codes = to.put(first + run, run_scale).cast::<__m128i>();
+                let codes = match TILED {
+                    true => to.put_in_tile(row, block, run_scale),
+                    false => to.put(first + run, run_scale),
+                };
+                let codes = codes.cast::<__m128i>();
                 for (i, v) in [a, b].into_iter().enumerate() {
                     // The low byte counts as signed, so the high one is that of v + 128.
                     let high = _mm512_srai_epi32::<8>(_mm512_add_epi32(v, _mm512_set1_epi32(128)));
                     _mm_store_si128(codes.add(i), _mm512_cvtepi32_epi8(high));
                     _mm_store_si128(codes.add(2 + i), _mm512_cvtepi32_epi8(v));
                 }
+            }
+            block += 1;
+            if block == to.blocks {
+                (row, block) = (row + 1, 0);
             }
         }
     }
