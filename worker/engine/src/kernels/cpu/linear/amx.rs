@@ -17,7 +17,7 @@ use std::cell::RefCell;
 
 use super::Problem;
 use super::avx512::{Avx512, block_scales, prefetch, unpack};
-use super::instances::{HALVES, PLAIN, Product, layout_of};
+use super::instances::{HALVES, PLAIN, Product, check_layout, layout_of};
 use crate::kernels::cpu::activations::{Codes, TILE_ROWS, TileScales};
 use crate::kernels::cpu::pack::LANES;
 
@@ -45,6 +45,7 @@ impl Product for Amx {
         let tiles = problem.rows.end.div_ceil(TILE_ROWS);
         assert!(problem.rows.start.is_multiple_of(TILE_ROWS) && problem.rows.end <= x.rows);
         assert!(x.codes.len() >= tiles * x.blocks * TILE_ROWS && x.tiles.len() >= tiles * x.blocks);
+        check_layout::<BITS, SCALES>(problem);
         if problem.rows.is_empty() || problem.groups.is_empty() || x.blocks == 0 {
             return;
         }
@@ -88,7 +89,6 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
     let staged = staged.each_mut().map(|sums| sums.0.as_mut_ptr().cast::<u8>());
     let weights = |group| {
         let group = problem.group(group, rows.start);
-        assert_eq!(group.layout, const { layout_of::<BITS, SCALES>() });
         (group.codes.as_ptr(), group.scales.as_ptr())
     };
     // SAFETY: the caller's promise: all pointers stay within a panel, a tile's activations and the staged sums.

@@ -3,7 +3,7 @@
 
 use super::{Group, Kernel, Problem, TILE, each_tile};
 use crate::kernels::cpu::activations::Activations;
-use crate::kernels::cpu::format::{Layout, Scales};
+use crate::kernels::cpu::format::{Layout, Scales, layout};
 use crate::kernels::cpu::pack::LANES;
 
 /// The kernel of an instruction set.
@@ -35,9 +35,9 @@ impl<K: Tile> Product for K {
         let x = problem.x;
         assert!(!x.tiled && x.codes.len() >= x.rows * x.blocks && x.scales.len() >= x.rows * x.blocks);
         assert!(problem.rows.end <= x.rows);
+        check_layout::<BITS, SCALES>(problem);
         each_tile(problem, |group, first, out| {
             let group = &problem.group(group, first);
-            assert_eq!(group.layout, const { layout_of::<BITS, SCALES>() });
             // SAFETY: the caller's promise, what was just checked, and what a [`Group`] is.
             unsafe {
                 match out.len() {
@@ -50,6 +50,11 @@ impl<K: Tile> Product for K {
             }
         });
     }
+}
+
+/// Asserts that the weights, whose groups all have one layout, have that of the instance.
+pub(super) fn check_layout<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
+    assert_eq!(layout(problem.w.dtype()), Some(const { layout_of::<BITS, SCALES>() }));
 }
 
 /// The instance for a layout.
