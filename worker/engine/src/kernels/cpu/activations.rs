@@ -42,12 +42,20 @@ pub(super) struct TileScales {
     pub sum: [f32; TILE_ROWS],
 }
 
-/// Rows of a tile of AMX.
+/// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
-/// From so many rows on a product by tiles is faster, though a part of the last one is idle.
-const WORTH_TILES: usize = 6;
 
-/// Quantised activations `[rows, blocks]`, or, for AMX if there are enough rows, `[tiles of 16 rows, blocks, 16]`. The
+/// From so many rows on products are by tiles. With AMX it takes some until that is faster, as a part of the last one is
+/// idle; with AVX2 it is as many as do not stay in registers.
+fn worth_tiles(isa: Isa) -> usize {
+    match isa {
+        Isa::Amx => 6,
+        Isa::Avx2 => 3,
+        _ => usize::MAX,
+    }
+}
+
+/// Quantised activations `[rows, blocks]`, or, for AMX and AVX2 if there are enough rows, `[tiles of 16 rows, blocks, 16]`. The
 /// vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
 /// time.
 #[derive(Default)]
@@ -68,7 +76,7 @@ impl Activations {
         let rows = x.len() / (blocks * BLOCK).max(1);
         assert_eq!(x.len(), rows * blocks * BLOCK);
         (self.rows, self.blocks) = (rows, blocks);
-        self.tiled = pool.isa() == Isa::Amx && rows >= WORTH_TILES;
+        self.tiled = rows >= worth_tiles(pool.isa());
         // What the last tile holds beyond the rows is never looked at.
         let runs = blocks * if self.tiled { rows.next_multiple_of(TILE_ROWS) } else { rows };
         grow(&mut self.codes, runs, Codes([0; 64]));
@@ -123,7 +131,7 @@ impl Places {
     ///
     /// # Safety
     /// There is such a run, nobody else has its places, and rows are in tiles.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AMX has tiles"))]
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AMX and AVX2 have tiles"))]
     #[inline(always)]
     unsafe fn put_in_tile(&self, row: usize, block: usize, scale: RunScale) -> *mut Codes {
         let (index, row) = (row / TILE_ROWS * self.blocks + block, row % TILE_ROWS);
@@ -146,7 +154,9 @@ fn kernel(isa: Isa, tiled: bool) -> Kernel {
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => planes,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => x86::avx2,
+        Isa::Avx2 if tiled => x86::avx2::<true>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => x86::avx2::<false>,
         #[cfg(target_arch = "x86_64")]
         Isa::Amx if tiled => x86::avx512::<true>,
         #[cfg(target_arch = "x86_64")]
@@ -221,18 +231,52 @@ mod x86 {
     use super::*;
 
     /// # Safety
-    /// As for [`Places::put`].
+    /// As for [`Places::put`] or [`Places::put_in_tile`].
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2(x: &[f32], first: usize, to: &Places) {
-        let put = |v: &[i16; BLOCK], codes: &mut Codes| {
-            for (bytes, v) in codes.0.chunks_exact_mut(8).zip(v.chunks_exact(4)) {
-                for (bytes, i) in bytes.chunks_exact_mut(2).zip([0, 2, 1, 3]) {
-                    bytes.copy_from_slice(&v[i].to_le_bytes());
+    pub unsafe fn avx2<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
+        let (mut row, mut block) = (first / to.blocks, first % to.blocks);
+        let magnitude = _mm256_set1_epi32(0x7fff_ffff);
+        // In each four of 16 bits, those with even index first.
+        let even_first = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+            0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,
+        ));
+        for (run, x) in x.chunks_exact(BLOCK).enumerate() {
+            // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
+            unsafe {
+                let load = |i: usize| _mm256_loadu_ps(x.as_ptr().add(8 * i));
+                let x = [load(0), load(1), load(2), load(3)];
+                let bits = |x: __m256| _mm256_and_si256(_mm256_castps_si256(x), magnitude);
+                let max = |a, b| _mm256_max_epi32(a, b);
+                let largest = max(max(bits(x[0]), bits(x[1])), max(bits(x[2]), bits(x[3])));
+                let largest = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+                let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b01_00_11_10>(largest));
+                let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b10_11_00_01>(largest));
+                let largest = f32::from_bits(_mm_cvtsi128_si32(largest) as u32);
+                let (scale, inverse) =
+                    if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) };
+                let inverse = _mm256_set1_ps(inverse);
+                let v = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
+                let sum = _mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3]));
+                let sum = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+                let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
+                let sum = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum)));
+                let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
+                let codes = match TILED {
+                    true => to.put_in_tile(row, block, run_scale),
+                    false => to.put(first + run, run_scale),
+                };
+                for (i, v) in v.chunks_exact(2).enumerate() {
+                    // Packing joins the halves of its operands in turn.
+                    let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
+                    let v = _mm256_shuffle_epi8(packed, even_first);
+                    _mm256_store_si256(codes.cast::<__m256i>().add(i), v);
                 }
             }
-        };
-        // SAFETY: the caller's promise.
-        unsafe { each_run(x, first, to, put) }
+            block += 1;
+            if block == to.blocks {
+                (row, block) = (row + 1, 0);
+            }
+        }
     }
 
     /// # Safety
@@ -307,7 +351,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
             let mut other = Activations::default();
             other.quantise(&Pool::with_isa(2, isa), &x, blocks);
-            assert_eq!(other.tiled, isa == Isa::Amx);
+            assert_eq!(other.tiled, matches!(isa, Isa::Amx | Isa::Avx2));
             for run in 0..rows * blocks {
                 let a = reference.scales[run];
                 let mut place = run;

@@ -142,7 +142,8 @@ fn batch<L: Lanes>(left: usize) -> usize {
         (true, 13..24 | 8) => 8,
         (true, 7..) => left.div_ceil(2),
         (true, _) => left,
-        (false, _) => left.min(2),
+        // As many as share what it takes to widen a vector of keys or values, and leave registers for it.
+        (false, _) => left.min(6),
     }
 }
 
@@ -174,13 +175,14 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
         next,
     };
 
-    // Two vectors of positions at a time, so that additions need not wait for each other.
+    // Two vectors of positions at a time, so that additions need not wait for each other; with many queries they do not.
+    let pairs = L::REGISTERS >= 32 || Q <= 2;
     let queries = (&scratch.queries[first * PIECE..], problem.queries(unit) * PIECE);
     let mut v = whole.start;
     while v < whole.end {
         // SAFETY: vectors `v` and `v + 1` hold positions that `Rows::check` found blocks for.
         unsafe {
-            if v + 1 < whole.end {
+            if pairs && v + 1 < whole.end {
                 scores::<L, E, Q, 2>(&pages, queries, &mut scratch.weights, v);
                 v += 2;
             } else {
@@ -206,7 +208,11 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
             }
         }
     }
-    let slab = if L::REGISTERS >= 32 && Q <= 6 { 4 } else { 2 };
+    let slab = match (L::REGISTERS >= 32, Q) {
+        (true, ..=6) => 4,
+        (true, _) | (false, ..=2) => 2,
+        (false, _) => 1,
+    };
     let vectors = problem.shape.value_dim() / WIDTH;
     for at in (0..vectors).step_by(slab) {
         // SAFETY: as above, and the slab's vectors are within a value.

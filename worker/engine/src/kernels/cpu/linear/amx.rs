@@ -16,8 +16,8 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 
 use super::Problem;
-use super::avx512::{Avx512, block_scales, prefetch, unpack};
-use super::instances::{HALVES, PLAIN, Product, check_layout, layout_of};
+use super::avx512::{Avx512, block_scales, unpack};
+use super::instances::{HALVES, PLAIN, Product, check_layout, layout_of, prefetch};
 use crate::kernels::cpu::activations::{Codes, TILE_ROWS, TileScales};
 use crate::kernels::cpu::pack::LANES;
 

@@ -6,14 +6,10 @@
 use std::arch::x86_64::*;
 
 use super::Group;
-use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Tile, layout_of};
+use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Tile, layout_of, prefetch};
 use crate::kernels::cpu::activations::{Activations, RunScale};
-use crate::kernels::cpu::format::{BLOCK, SUPER};
+use crate::kernels::cpu::format::BLOCK;
 use crate::kernels::cpu::pack::LANES;
-
-/// Weights are asked for this many bytes before they are needed: the processor's own prefetching hides a third of the
-/// memory's latency at best. Measured on Zen 5 and Zen 4; too much also runs further into what another thread reads.
-const AHEAD: usize = 12 << 10;
 
 pub(super) struct Avx512;
 
@@ -62,25 +58,6 @@ impl Tile for Avx512 {
         for (out, sum) in out.iter_mut().zip(sums) {
             // SAFETY: 16 floats.
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) }
-        }
-    }
-}
-
-/// Asks for the share of block `block` in the memory that lies [`AHEAD`] of a group: its scales, too, and the next
-/// group's, since groups follow one another. With several rows the first-level cache is theirs, so weights are only
-/// brought into the second.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn prefetch<const BITS: u32, const SCALES: u8, const T: usize>(group: *const u8, block: usize) {
-    let layout = const { layout_of::<BITS, SCALES>() };
-    let size = layout.code_bytes() + layout.scale_bytes(SUPER) / SUPER;
-    for line in 0..size.div_ceil(64) {
-        let at = group.wrapping_add(block * size + AHEAD + 64 * line);
-        // Asking for memory that is not there does nothing.
-        if T <= 2 {
-            _mm_prefetch::<_MM_HINT_T0>(at.cast());
-        } else {
-            _mm_prefetch::<_MM_HINT_T1>(at.cast());
         }
     }
 }

@@ -3,8 +3,15 @@
 
 use super::{Group, Kernel, Problem, TILE, each_tile};
 use crate::kernels::cpu::activations::Activations;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::cpu::format::SUPER;
 use crate::kernels::cpu::format::{Layout, Scales, layout};
 use crate::kernels::cpu::pack::LANES;
+
+/// Weights are asked for this many bytes before they are needed: the processor's own prefetching hides a third of the
+/// memory's latency at best. Measured on Zen 5 and Zen 4; too much also runs further into what another thread reads.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 12 << 10;
 
 /// The kernel of an instruction set.
 pub(super) trait Product {
@@ -86,4 +93,26 @@ pub(super) const fn layout_of<const BITS: u32, const SCALES: u8>() -> Layout {
     };
     let bias = if matches!(SCALES, PLAIN | HALVES) { 1 << (BITS - 1) } else { 0 };
     Layout { bits: BITS, scales, bias }
+}
+
+/// Asks for the share of block `block` in the memory that lies [`AHEAD`] of a group: its scales, too, and the next
+/// group's, since groups follow one another. With several rows the first-level cache is theirs, so weights are only
+/// brought into the second.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn prefetch<const BITS: u32, const SCALES: u8, const T: usize>(group: *const u8, block: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+    let layout = const { layout_of::<BITS, SCALES>() };
+    let size = layout.code_bytes() + layout.scale_bytes(SUPER) / SUPER;
+    for line in 0..size.div_ceil(64) {
+        let at = group.wrapping_add(block * size + AHEAD + 64 * line).cast();
+        // SAFETY: asking for memory that is not there does nothing.
+        unsafe {
+            if T <= 2 {
+                _mm_prefetch::<_MM_HINT_T0>(at);
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at);
+            }
+        }
+    }
 }
