@@ -237,9 +237,8 @@ mod x86 {
         let (mut row, mut block) = (first / to.blocks, first % to.blocks);
         let magnitude = _mm256_set1_epi32(0x7fff_ffff);
         // In each four of 16 bits, those with even index first.
-        let even_first = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-            0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,
-        ));
+        let even_first =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
         for (run, x) in x.chunks_exact(BLOCK).enumerate() {
             // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
             unsafe {
@@ -248,7 +247,8 @@ mod x86 {
                 let bits = |x: __m256| _mm256_and_si256(_mm256_castps_si256(x), magnitude);
                 let max = |a, b| _mm256_max_epi32(a, b);
                 let largest = max(max(bits(x[0]), bits(x[1])), max(bits(x[2]), bits(x[3])));
-                let largest = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+                let largest =
+                    _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
                 let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b01_00_11_10>(largest));
                 let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b10_11_00_01>(largest));
                 let largest = f32::from_bits(_mm_cvtsi128_si32(largest) as u32);

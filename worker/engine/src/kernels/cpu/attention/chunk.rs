@@ -176,7 +176,7 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
     };
 
     // Two vectors of positions at a time, so that additions need not wait for each other; with many queries they do not.
-    let pairs = L::REGISTERS >= 32 || Q <= 2;
+    let pairs = L::REGISTERS >= 32 || Q <= 3;
     let queries = (&scratch.queries[first * PIECE..], problem.queries(unit) * PIECE);
     let mut v = whole.start;
     while v < whole.end {

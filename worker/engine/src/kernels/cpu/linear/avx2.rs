@@ -58,7 +58,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
     let at = |first: usize, block: usize| (first / TILE_ROWS * x.blocks + block, first % TILE_ROWS);
     for index in problem.groups.clone() {
         let group = problem.group(index, rows.start);
-        sums.fill([0.0; LANES]);
+        sums.as_flattened_mut().fill(0.0);
         for block in 0..x.blocks {
             // SAFETY: the caller's promise; a group has as many blocks as the activations.
             let weights = unsafe { open::<BITS, SCALES>(&group, block) };
@@ -138,11 +138,21 @@ unsafe fn dots(codes: &[[__m256i; SIDES]], values: *const i32) -> [[__m256i; SID
     macro_rules! row {
         ($at:literal, $a:literal, $b:literal) => {
             concat!(
-                "vpbroadcastd {pair}, dword ptr [{x} + ", $at, "]\n",
+                "vpbroadcastd {pair}, dword ptr [{x} + ",
+                $at,
+                "]\n",
                 "vpmaddwd {product}, {left}, {pair}\n",
                 "vpmaddwd {pair}, {right}, {pair}\n",
-                "vpaddd {", $a, "}, {", $a, "}, {product}\n",
-                "vpaddd {", $b, "}, {", $b, "}, {pair}",
+                "vpaddd {",
+                $a,
+                "}, {",
+                $a,
+                "}, {product}\n",
+                "vpaddd {",
+                $b,
+                "}, {",
+                $b,
+                "}, {pair}",
             )
         };
     }
@@ -199,10 +209,8 @@ const _: () = assert!(TILE == 4 && SIDES == 2 && PAIRS * size_of::<i32>() == 64)
 unsafe fn open<const BITS: u32, const SCALES: u8>(group: &Group<'_>, block: usize) -> Block {
     let layout = const { layout_of::<BITS, SCALES>() };
     prefetch::<BITS, SCALES, TILE>(group.codes.as_ptr(), block);
-    let mut opened = Block {
-        codes: [[_mm256_setzero_si256(); SIDES]; PAIRS],
-        scales: [[_mm256_setzero_ps(); 2]; SIDES],
-    };
+    let mut opened =
+        Block { codes: [[_mm256_setzero_si256(); SIDES]; PAIRS], scales: [[_mm256_setzero_ps(); 2]; SIDES] };
     // SAFETY: the caller's promise.
     unsafe {
         let codes = group.codes.as_ptr().add(block * layout.code_bytes());

@@ -3,44 +3,59 @@
 
 use half::{bf16, f16};
 
-use super::TILE;
+use super::{AHEAD, TILE};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::lanes::{Lanes, Stored, on_isa};
 use crate::kernels::cpu::pack::LANES;
 use crate::weights::DType;
 
-/// Partial sums of an output element, over inputs `i % CHAINS`: one sum alone would wait for itself.
-const CHAINS: usize = 4;
+/// Inputs that are taken in one go.
+const STEP: usize = 4;
 
-/// `out[t]` becomes the outputs of a group of weights (`cols` times 16 of `format`) for row `t` of `x`.
-pub(super) fn tile(isa: Isa, format: DType, group: &[u8], x: &[f32], cols: usize, out: &mut [[f32; LANES]]) {
+/// `out[t]` becomes the outputs of a group of weights (`cols` times 16 of `format`) for row `t` of `x`. With `fetch` the memory
+/// ahead is asked for.
+pub(super) fn tile(
+    isa: Isa,
+    format: DType,
+    group: &[u8],
+    fetch: bool,
+    x: &[f32],
+    cols: usize,
+    out: &mut [[f32; LANES]],
+) {
     match format {
-        DType::F32 => tile_f32(isa, group, x, cols, out),
-        DType::F16 => tile_f16(isa, group, x, cols, out),
-        DType::BF16 => tile_bf16(isa, group, x, cols, out),
+        DType::F32 => tile_f32(isa, group, fetch, x, cols, out),
+        DType::F16 => tile_f16(isa, group, fetch, x, cols, out),
+        DType::BF16 => tile_bf16(isa, group, fetch, x, cols, out),
         other => unreachable!("{other:?} is no float format"),
     }
 }
 
-on_isa!(fn tile_f32(group: &[u8], x: &[f32], cols: usize, out: &mut [[f32; LANES]]) = tile_of_f32);
-on_isa!(fn tile_f16(group: &[u8], x: &[f32], cols: usize, out: &mut [[f32; LANES]]) = tile_of_f16);
-on_isa!(fn tile_bf16(group: &[u8], x: &[f32], cols: usize, out: &mut [[f32; LANES]]) = tile_of_bf16);
+on_isa!(fn tile_f32(group: &[u8], fetch: bool, x: &[f32], cols: usize, out: &mut [[f32; LANES]]) = tile_of_f32);
+on_isa!(fn tile_f16(group: &[u8], fetch: bool, x: &[f32], cols: usize, out: &mut [[f32; LANES]]) = tile_of_f16);
+on_isa!(fn tile_bf16(group: &[u8], fetch: bool, x: &[f32], cols: usize, out: &mut [[f32; LANES]]) = tile_of_bf16);
 
 #[inline(always)]
-fn tile_of_f32<L: Lanes>(group: &[u8], x: &[f32], cols: usize, out: &mut [[f32; LANES]]) {
-    any_rows::<L, f32>(group, x, cols, out);
+fn tile_of_f32<L: Lanes>(group: &[u8], fetch: bool, x: &[f32], cols: usize, out: &mut [[f32; LANES]]) {
+    any_rows::<L, f32>(group, fetch, x, cols, out);
 }
 #[inline(always)]
-fn tile_of_f16<L: Lanes>(group: &[u8], x: &[f32], cols: usize, out: &mut [[f32; LANES]]) {
-    any_rows::<L, f16>(group, x, cols, out);
+fn tile_of_f16<L: Lanes>(group: &[u8], fetch: bool, x: &[f32], cols: usize, out: &mut [[f32; LANES]]) {
+    any_rows::<L, f16>(group, fetch, x, cols, out);
 }
 #[inline(always)]
-fn tile_of_bf16<L: Lanes>(group: &[u8], x: &[f32], cols: usize, out: &mut [[f32; LANES]]) {
-    any_rows::<L, bf16>(group, x, cols, out);
+fn tile_of_bf16<L: Lanes>(group: &[u8], fetch: bool, x: &[f32], cols: usize, out: &mut [[f32; LANES]]) {
+    any_rows::<L, bf16>(group, fetch, x, cols, out);
 }
 
 #[inline(always)]
-fn any_rows<L: Lanes, W: Stored>(group: &[u8], x: &[f32], cols: usize, out: &mut [[f32; LANES]]) {
+fn any_rows<L: Lanes, W: Stored>(
+    group: &[u8],
+    fetch: bool,
+    x: &[f32],
+    cols: usize,
+    out: &mut [[f32; LANES]],
+) {
     assert!(group.len() >= cols * LANES * size_of::<W>());
     assert!(group.as_ptr().align_offset(align_of::<W>()) == 0);
     assert_eq!(x.len(), out.len() * cols);
@@ -48,39 +63,75 @@ fn any_rows<L: Lanes, W: Stored>(group: &[u8], x: &[f32], cols: usize, out: &mut
     // SAFETY: lengths and alignment were just checked; every bit pattern is a float.
     unsafe {
         match out.len() {
-            1 => rows::<L, W, 1>(weights, x, cols, out),
-            2 => rows::<L, W, 2>(weights, x, cols, out),
-            3 => rows::<L, W, 3>(weights, x, cols, out),
-            4 => rows::<L, W, 4>(weights, x, cols, out),
+            1 => chained::<L, W, 1>(weights, fetch, x, cols, out),
+            2 => chained::<L, W, 2>(weights, fetch, x, cols, out),
+            3 => chained::<L, W, 3>(weights, fetch, x, cols, out),
+            4 => chained::<L, W, 4>(weights, fetch, x, cols, out),
             n => unreachable!("a tile of {n} rows of at most {TILE}"),
         }
     }
 }
 
+/// [`rows`] with as many partial sums of an output element as registers hold, the same for any number of rows: one alone waits
+/// for itself.
+///
 /// # Safety
-/// `cols * 16` weights; `T * cols` values in `x`.
+/// As for [`rows`].
 #[inline(always)]
-unsafe fn rows<L: Lanes, W: Stored, const T: usize>(
+unsafe fn chained<L: Lanes, W: Stored, const T: usize>(
     weights: *const W,
+    fetch: bool,
     x: &[f32],
     cols: usize,
     out: &mut [[f32; LANES]],
 ) {
-    let mut sums = [[L::splat(0.0); CHAINS]; T];
-    let whole = cols / CHAINS * CHAINS;
     // SAFETY: the caller's promise.
     unsafe {
-        for i in (0..whole).step_by(CHAINS) {
-            for chain in 0..CHAINS {
-                step::<L, W, T>(weights, x, cols, i + chain, chain, &mut sums);
+        if L::REGISTERS >= 32 {
+            rows::<L, W, T, 4>(weights, fetch, x, cols, out);
+        } else {
+            rows::<L, W, T, 1>(weights, fetch, x, cols, out);
+        }
+    }
+}
+
+/// Products with `T` rows, in `C` partial sums of each output element, over inputs `i % C`.
+///
+/// # Safety
+/// `cols * 16` weights; `T * cols` values in `x`.
+#[inline(always)]
+unsafe fn rows<L: Lanes, W: Stored, const T: usize, const C: usize>(
+    weights: *const W,
+    fetch: bool,
+    x: &[f32],
+    cols: usize,
+    out: &mut [[f32; LANES]],
+) {
+    let mut sums = [[L::splat(0.0); C]; T];
+    let whole = cols / STEP * STEP;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for i in (0..whole).step_by(STEP) {
+            if fetch {
+                let ahead = weights.wrapping_add(i * LANES).cast::<u8>().wrapping_add(AHEAD);
+                for line in (0..STEP * LANES * size_of::<W>()).step_by(64) {
+                    L::prefetch(ahead.wrapping_add(line));
+                }
+            }
+            for s in 0..STEP {
+                step::<L, W, T, C>(weights, x, cols, i + s, s % C, &mut sums);
             }
         }
         for i in whole..cols {
-            step::<L, W, T>(weights, x, cols, i, i - whole, &mut sums);
+            step::<L, W, T, C>(weights, x, cols, i, (i - whole) % C, &mut sums);
         }
     }
-    for (out, [a, b, c, d]) in out.iter_mut().zip(sums) {
-        *out = a.add(b).add(c.add(d)).to_array();
+    for (out, sums) in out.iter_mut().zip(sums) {
+        *out = match C {
+            1 => sums[0],
+            _ => sums[0].add(sums[1]).add(sums[2].add(sums[3])),
+        }
+        .to_array();
     }
 }
 
@@ -89,13 +140,13 @@ unsafe fn rows<L: Lanes, W: Stored, const T: usize>(
 /// # Safety
 /// As for [`rows`]; `i < cols`.
 #[inline(always)]
-unsafe fn step<L: Lanes, W: Stored, const T: usize>(
+unsafe fn step<L: Lanes, W: Stored, const T: usize, const C: usize>(
     weights: *const W,
     x: &[f32],
     cols: usize,
     i: usize,
     chain: usize,
-    sums: &mut [[L; CHAINS]; T],
+    sums: &mut [[L; C]; T],
 ) {
     // SAFETY: the caller's promise.
     unsafe {

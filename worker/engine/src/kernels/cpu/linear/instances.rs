@@ -1,17 +1,14 @@
 //! The instances of a kernel: one for each layout of the weights and number of rows, so that nothing is left to decide in
 //! its loops.
 
+#[cfg(target_arch = "x86_64")]
+use super::AHEAD;
 use super::{Group, Kernel, Problem, TILE, each_tile};
 use crate::kernels::cpu::activations::Activations;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::cpu::format::SUPER;
 use crate::kernels::cpu::format::{Layout, Scales, layout};
 use crate::kernels::cpu::pack::LANES;
-
-/// Weights are asked for this many bytes before they are needed: the processor's own prefetching hides a third of the
-/// memory's latency at best. Measured on Zen 5 and Zen 4; too much also runs further into what another thread reads.
-#[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 12 << 10;
 
 /// The kernel of an instruction set.
 pub(super) trait Product {
