@@ -225,15 +225,24 @@ unsafe fn each_run(x: &[f32], first: usize, to: &Places, put: impl Fn(&[i16; BLO
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(super) mod x86 {
     use std::arch::x86_64::*;
 
     use super::*;
 
+    /// Sum of eight integers.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn sum(v: __m256i) -> i32 {
+        let four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+        let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
+        _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two)))
+    }
+
     /// # Safety
     /// As for [`Places::put`] or [`Places::put_in_tile`].
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
+    pub(super) unsafe fn avx2<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
         let (mut row, mut block) = (first / to.blocks, first % to.blocks);
         let magnitude = _mm256_set1_epi32(0x7fff_ffff);
         // In each four of 16 bits, those with even index first.
@@ -256,10 +265,7 @@ mod x86 {
                     if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) };
                 let inverse = _mm256_set1_ps(inverse);
                 let v = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
-                let sum = _mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3]));
-                let sum = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
-                let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
-                let sum = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum)));
+                let sum = sum(_mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3])));
                 let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
                 let codes = match TILED {
                     true => to.put_in_tile(row, block, run_scale),
@@ -282,7 +288,7 @@ mod x86 {
     /// # Safety
     /// As for [`Places::put`] or [`Places::put_in_tile`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub unsafe fn avx512<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
+    pub(super) unsafe fn avx512<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
         // Divided once, not for each run.
         let (mut row, mut block) = (first / to.blocks, first % to.blocks);
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);

@@ -1,15 +1,16 @@
 //! The kernels on AVX2, which has no dot product of bytes that cannot overflow: codes are widened to 16 bits, those with
 //! even index apart from those with odd index, and multiplied in pairs with the 16-bit activations.
 //!
-//! A pair's product and its addition take two of a processor's four slots for vectors a cycle, so 8 products a slot are the
-//! limit. What else would take slots is kept from the inner loop: with many rows a block's codes are widened once for all of
-//! them, and a broadcast of activations serves all 16 rows of weights.
+//! A product of pairs and its addition take two of the slots that a processor has for such work, three a cycle on a Zen 3,
+//! so 24 products a cycle are the limit there. What else would take slots is kept from the inner loop: with many rows a
+//! block's codes are widened once for all of them, and a broadcast of activations serves all 16 rows of weights.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Product, Tile, check_layout, layout_of, prefetch};
 use super::{Group, PASS, Problem, TILE};
+use crate::kernels::cpu::activations::x86::sum;
 use crate::kernels::cpu::activations::{Activations, TILE_ROWS};
 use crate::kernels::cpu::pack::LANES;
 
@@ -108,19 +109,34 @@ unsafe fn add<const SCALES: u8>(
         // Indexed: iterators over arrays of vectors leave registers.
         for row in 0..TILE {
             for side in 0..SIDES {
+                let at = sums[row][8 * side..].as_mut_ptr();
+                let run = (scales[row], run_sums[row]);
                 // SAFETY: 8 floats.
                 unsafe {
-                    let at = sums[row].as_mut_ptr().add(8 * side);
-                    let mut sum = _mm256_loadu_ps(at);
-                    let scale = _mm256_mul_ps(weights.scales[side][part], _mm256_set1_ps(scales[row]));
-                    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[row][side]), scale, sum);
-                    if matches!(SCALES, OFFSET | NESTED) {
-                        sum = _mm256_fmadd_ps(weights.scales[side][1], _mm256_set1_ps(run_sums[row]), sum);
-                    }
+                    let sum = _mm256_loadu_ps(at);
+                    let sum = scaled::<SCALES>(dots[row][side], &weights.scales[side], part, run, sum);
                     _mm256_storeu_ps(at, sum);
                 }
             }
         }
+    }
+}
+
+/// `dot * weight * scale + sum`, and what the weights' offset makes of the run's sum. `weights` as [`block_scales`] has them.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn scaled<const SCALES: u8>(
+    dot: __m256i,
+    weights: &[__m256; 2],
+    part: usize,
+    (scale, run_sum): (f32, f32),
+    sum: __m256,
+) -> __m256 {
+    let scale = _mm256_mul_ps(weights[part], _mm256_set1_ps(scale));
+    let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, sum);
+    match SCALES {
+        OFFSET | NESTED => _mm256_fmadd_ps(weights[1], _mm256_set1_ps(run_sum), sum),
+        _ => sum,
     }
 }
 
@@ -260,15 +276,16 @@ impl Tile for FewRows {
                         let sides = [unpack::<BITS>(codes, quad), unpack::<BITS>(codes.add(32), quad)];
                         for (t, dots) in dots.iter_mut().enumerate() {
                             let row = values.add(t * x.blocks * PAIRS + 2 * quad);
-                            for odd in 0..2 {
+                            for odd in [0, 1] {
                                 let pair = _mm256_set1_epi32(row.add(odd).read());
-                                for (dot, side) in dots.iter_mut().zip(sides) {
-                                    *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(side[odd], pair));
+                                for side in 0..SIDES {
+                                    let product = _mm256_madd_epi16(sides[side][odd], pair);
+                                    dots[side] = _mm256_add_epi32(dots[side], product);
                                 }
                             }
                         }
                     }
-                    for (t, (sums, dots)) in sums.iter_mut().zip(dots).enumerate() {
+                    for t in 0..T {
                         let run = &*x.scales.as_ptr().add(at + t * x.blocks);
                         let integers = match SCALES {
                             HALVES => half_sum(values.add(t * x.blocks * PAIRS + PAIRS / 2 * part)),
@@ -276,13 +293,9 @@ impl Tile for FewRows {
                         };
                         let bias = _mm256_set1_epi32(-layout.bias * integers);
                         for side in 0..SIDES {
-                            let whole = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[side], bias));
-                            let scale = _mm256_mul_ps(scales[side][part], _mm256_set1_ps(run.scale));
-                            sums[side] = _mm256_fmadd_ps(whole, scale, sums[side]);
-                            if matches!(SCALES, OFFSET | NESTED) {
-                                let run_sum = _mm256_set1_ps(run.sum);
-                                sums[side] = _mm256_fmadd_ps(scales[side][1], run_sum, sums[side]);
-                            }
+                            let dot = _mm256_add_epi32(dots[t][side], bias);
+                            let run = (run.scale, run.sum);
+                            sums[t][side] = scaled::<SCALES>(dot, &scales[side], part, run, sums[t][side]);
                         }
                     }
                 }
@@ -305,10 +318,7 @@ impl Tile for FewRows {
 #[target_feature(enable = "avx2")]
 unsafe fn half_sum(values: *const i32) -> i32 {
     // SAFETY: the caller's promise.
-    let pairs = unsafe { _mm256_madd_epi16(_mm256_loadu_si256(values.cast()), _mm256_set1_epi16(1)) };
-    let four = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
-    let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
-    _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two)))
+    sum(unsafe { _mm256_madd_epi16(_mm256_loadu_si256(values.cast()), _mm256_set1_epi16(1)) })
 }
 
 /// Quad `q` of a block for 8 rows, widened: the codes with even index, then those with odd index.
