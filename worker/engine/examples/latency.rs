@@ -38,7 +38,7 @@ impl Running {
     }
 
     fn step(&self) -> (Instant, Vec<Event>) {
-        self.events.recv_timeout(Duration::from_secs(10)).expect("the engine goes on")
+        self.events.recv_timeout(Duration::from_secs(60)).expect("the engine goes on")
     }
 }
 
