@@ -107,6 +107,12 @@ fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
     }
 }
 
+/// Scale and its reciprocal of a run whose largest magnitude is `largest`.
+#[inline(always)]
+fn scale_of(largest: f32) -> (f32, f32) {
+    if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) }
+}
+
 /// Where a run's integers go, and what they mean.
 struct Places {
     codes: Shared<Codes>,
@@ -208,8 +214,7 @@ unsafe fn each_run(x: &[f32], first: usize, to: &Places, put: impl Fn(&[i16; BLO
             largest = largest.max(value.to_bits() & 0x7fff_ffff);
         }
         let largest = f32::from_bits(largest);
-        let (scale, inverse) =
-            if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) };
+        let (scale, inverse) = scale_of(largest);
         let mut v = [0i16; BLOCK];
         let mut sum = 0i32;
         for (v, x) in v.iter_mut().zip(x) {
@@ -261,8 +266,7 @@ pub(super) mod x86 {
                 let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b01_00_11_10>(largest));
                 let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b10_11_00_01>(largest));
                 let largest = f32::from_bits(_mm_cvtsi128_si32(largest) as u32);
-                let (scale, inverse) =
-                    if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) };
+                let (scale, inverse) = scale_of(largest);
                 let inverse = _mm256_set1_ps(inverse);
                 let v = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
                 let sum = sum(_mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3])));
@@ -301,8 +305,7 @@ pub(super) mod x86 {
                     _mm512_and_si512(_mm512_castps_si512(b), magnitude),
                 );
                 let largest = f32::from_bits(_mm512_reduce_max_epi32(largest) as u32);
-                let (scale, inverse) =
-                    if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) };
+                let (scale, inverse) = scale_of(largest);
                 let inverse = _mm512_set1_ps(inverse);
                 let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
                 let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));

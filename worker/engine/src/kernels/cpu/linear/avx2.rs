@@ -152,10 +152,12 @@ fn scaled<const SCALES: u8>(
 unsafe fn dots(codes: &[[__m256i; SIDES]], values: *const i32) -> [[__m256i; SIDES]; TILE] {
     let mut d = [[_mm256_setzero_si256(); SIDES]; TILE];
     macro_rules! row {
-        ($at:literal, $a:literal, $b:literal) => {
+        ($at:literal, $first:literal, $a:literal, $b:literal) => {
             concat!(
                 "vpbroadcastd {pair}, dword ptr [{x} + ",
                 $at,
+                " + ",
+                $first,
                 "]\n",
                 "vpmaddwd {product}, {left}, {pair}\n",
                 "vpmaddwd {pair}, {right}, {pair}\n",
@@ -168,7 +170,23 @@ unsafe fn dots(codes: &[[__m256i; SIDES]], values: *const i32) -> [[__m256i; SID
                 $b,
                 "}, {",
                 $b,
-                "}, {pair}",
+                "}, {pair}\n",
+            )
+        };
+    }
+    macro_rules! pair {
+        ($w:literal, $x:literal) => {
+            concat!(
+                "vmovdqa {left}, ymmword ptr [{w} + ",
+                $w,
+                "]\n",
+                "vmovdqa {right}, ymmword ptr [{w} + ",
+                $w,
+                " + 32]\n",
+                row!($x, 0, "a0", "b0"),
+                row!($x, 64, "a1", "b1"),
+                row!($x, 128, "a2", "b2"),
+                row!($x, 192, "a3", "b3"),
             )
         };
     }
@@ -177,18 +195,8 @@ unsafe fn dots(codes: &[[__m256i; SIDES]], values: *const i32) -> [[__m256i; SID
     unsafe {
         asm!(
             "2:",
-            "vmovdqa {left}, ymmword ptr [{w}]",
-            "vmovdqa {right}, ymmword ptr [{w} + 32]",
-            row!(0, "a0", "b0"),
-            row!(64, "a1", "b1"),
-            row!(128, "a2", "b2"),
-            row!(192, "a3", "b3"),
-            "vmovdqa {left}, ymmword ptr [{w} + 64]",
-            "vmovdqa {right}, ymmword ptr [{w} + 96]",
-            row!(4, "a0", "b0"),
-            row!(68, "a1", "b1"),
-            row!(132, "a2", "b2"),
-            row!(196, "a3", "b3"),
+            pair!(0, 0),
+            pair!(64, 4),
             "add {x}, 8",
             "add {w}, 128",
             "cmp {w}, {end}",
