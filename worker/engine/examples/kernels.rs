@@ -151,11 +151,11 @@ impl Model {
             for (index, layer) in self.layers.iter().enumerate() {
                 let [q, k, v] = &layer.qkv;
                 timed(4 * index, &mut || {
-                    linear_many(pool, x, &[q, k, v], &mut [&mut b.q, &mut b.k, &mut b.v])
+                    linear_many(pool, x, None, &[q, k, v], &mut [&mut b.q, &mut b.k, &mut b.v])
                 });
                 timed(4 * index + 1, &mut || linear(pool, &b.q, &layer.output, &mut b.out));
                 let ([gate, up], [to_gate, to_up]) = (&layer.gate_up, &mut b.hidden);
-                timed(4 * index + 2, &mut || linear_many(pool, x, &[gate, up], &mut [to_gate, to_up]));
+                timed(4 * index + 2, &mut || linear_many(pool, x, None, &[gate, up], &mut [to_gate, to_up]));
                 timed(4 * index + 3, &mut || linear(pool, &b.hidden[0], &layer.down, &mut b.out));
             }
             timed(4 * LAYERS, &mut || linear(pool, x, &self.head, &mut b.logits));
@@ -213,7 +213,7 @@ impl Attention {
         };
         let tables = self.tables();
         let rows = Rows { sequences: &sequences, positions: &positions, tables: &tables };
-        attention(pool, &spec, &SHAPE, &self.keys[layer], &self.values[layer], &rows, q, out);
+        attention(pool, &spec, &SHAPE, &self.keys[layer], &self.values[layer], &rows, q, out, None);
     }
 }
 
@@ -228,7 +228,7 @@ fn between(pool: &Pool, n: usize) {
     let norms = best(n, || {
         for _ in 0..LAYERS {
             rms_norm(pool, &y, &weight, 1e-5, &mut out);
-            add_rms_norm(pool, &mut x, &y, &weight, 1e-5, &mut out);
+            add_rms_norm(pool, &mut x, &y, (&weight, 1e-5), &mut out, None);
             x.copy_from_slice(&y);
         }
     });
@@ -247,7 +247,7 @@ fn between(pool: &Pool, n: usize) {
         }
     });
     let unit = best(n, || {
-        (0..LAYERS).for_each(|_| gated(pool, Activation::Silu, &hidden, &hidden, &mut gate));
+        (0..LAYERS).for_each(|_| gated(pool, Activation::Silu, (&hidden, &hidden), &mut gate, None));
     });
     println!("{n:>5} {:>10.3} {:>10.3} {:>10.3}", millis(norms), millis(write), millis(unit));
 }

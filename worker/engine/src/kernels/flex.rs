@@ -3,12 +3,12 @@
 //! Weights stay packed, keys and values are written in place, and the buffers of tensors that an operation uses up
 //! become the results of later ones: at the pace of a small model's layers, zeroing fresh memory would show.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 
-use super::cpu::{self, Angles, AttentionSpec, Isa, KvShape, Packed, Pool};
+use super::cpu::{self, Activations, Angles, AttentionSpec, Isa, KvShape, Packed, Pool, Quantiser};
 use super::{BLOCK, HeadNorms, Heads, Kernels, KvLayer, Limits, Rotation, Step, Weight};
 use crate::weights::{Activation, TensorView};
 
@@ -22,6 +22,17 @@ const SPARE_BUFFERS: usize = 16;
 pub(crate) struct Cpu {
     pool: Pool,
     spare: RefCell<Vec<Vec<f32>>>,
+    /// Whether there are weights that are multiplied with quantised activations.
+    quantises: Cell<bool>,
+    ready: RefCell<Ready>,
+}
+
+/// The last result, quantised on the way for the product that takes it next.
+#[derive(Default)]
+struct Ready {
+    activations: Activations,
+    /// That result. Held, so that nobody can change it, nor another tensor be where it was.
+    of: Option<FlexTensor>,
 }
 
 impl Cpu {
@@ -30,7 +41,36 @@ impl Cpu {
     /// # Panics
     /// If this processor lacks it.
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
-        Self { pool: Pool::with_isa(threads, isa), spare: RefCell::default() }
+        Self {
+            pool: Pool::with_isa(threads, isa),
+            spare: RefCell::default(),
+            quantises: Cell::new(false),
+            ready: RefCell::default(),
+        }
+    }
+
+    /// A tensor whose numbers `compute` writes, and quantises on the way if it is given a quantiser. Runs of what is quantised must
+    /// not cross `unit`s.
+    fn ready(
+        &self,
+        shape: [usize; 2],
+        unit: usize,
+        compute: impl FnOnce(&mut [f32], Option<&Quantiser<'_>>),
+    ) -> Tensor<Flex, 2> {
+        let [rows, cols] = shape;
+        let mut out = self.buffer(rows * cols);
+        let mut ready = self.ready.borrow_mut();
+        ready.of = None;
+        // What one thread quantises takes no pass of its own, and it has it at hand then.
+        let wanted = self.quantises.get() && rows * cols >= 2 * cpu::WORTH_QUANTISING;
+        let quantiser = (wanted && unit.is_multiple_of(cpu::format::BLOCK))
+            .then(|| ready.activations.begin(&self.pool, rows, cols));
+        let quantises = quantiser.is_some();
+        compute(&mut out, quantiser.as_ref());
+        drop(quantiser);
+        let tensor = FlexTensor::from_data(TensorData::new(out, shape));
+        ready.of = quantises.then(|| tensor.clone());
+        Tensor::from_primitive(TensorPrimitive::Float(tensor))
     }
 
     /// A buffer of `len` numbers, whatever they are: one that had as many, which need not be filled again, or a new one.
@@ -83,6 +123,9 @@ fn wrap(values: Vec<f32>, shape: [usize; 2]) -> Tensor<Flex, 2> {
 
 impl Weight<Flex> for Packed {
     fn load(context: &Cpu, _: &FlexDevice, matrix: &TensorView<'_>) -> Self {
+        if cpu::format::layout(matrix.dtype).is_some() {
+            context.quantises.set(true);
+        }
         Packed::pack(matrix.dtype, matrix.shape[0], matrix.shape[1], matrix.data, &context.pool)
             .expect("a checkpoint's tensors have the bytes that their shapes need")
     }
@@ -123,10 +166,12 @@ impl Kernels for Flex {
     ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
         let shape = residual.dims();
         let (mut sum, x, weight) = (contiguous(bare(residual)), contiguous(bare(x)), bare(weight.clone()));
-        let mut out = context.buffer(shape[0] * shape[1]);
-        cpu::add_rms_norm(&context.pool, sum.storage_mut(), numbers(&x), numbers(&weight), eps, &mut out);
+        let normed = context.ready(shape, shape[1], |out, quantiser| {
+            let norm = (numbers(&weight), eps);
+            cpu::add_rms_norm(&context.pool, sum.storage_mut(), numbers(&x), norm, out, quantiser);
+        });
         context.recycle(x);
-        (Tensor::from_primitive(TensorPrimitive::Float(sum)), wrap(out, shape))
+        (Tensor::from_primitive(TensorPrimitive::Float(sum)), normed)
     }
 
     fn project<const N: usize>(
@@ -137,7 +182,12 @@ impl Kernels for Flex {
         let [rows, _] = x.dims();
         let x = contiguous(bare(x));
         let mut outs = weights.map(|weight| context.buffer(rows * weight.rows()));
-        cpu::linear_many(&context.pool, numbers(&x), &weights, &mut outs.each_mut().map(Vec::as_mut_slice));
+        let mut ready = context.ready.borrow_mut();
+        let is_ready =
+            ready.of.take().is_some_and(|of| numbers(&of).as_ptr_range() == numbers(&x).as_ptr_range());
+        let quantised = is_ready.then_some(&ready.activations);
+        let ys = &mut outs.each_mut().map(Vec::as_mut_slice);
+        cpu::linear_many(&context.pool, numbers(&x), quantised, &weights, ys);
         context.recycle(x);
         let mut widths = weights.iter().map(|weight| weight.rows());
         outs.map(|out| wrap(out, [rows, widths.next().expect("as many as outputs")]))
@@ -210,29 +260,32 @@ impl Kernels for Flex {
         let q = contiguous(bare(q));
         let spec =
             AttentionSpec { heads: heads.queries, scale: heads.scale, window: heads.window, softcap: None };
-        let mut out = context.buffer(shape[0] * shape[1]);
-        cpu::attention::<Stored>(
-            &context.pool,
-            &spec,
-            &kv_shape(heads),
-            cache.keys.storage(),
-            cache.values.storage(),
-            &step.rows(),
-            numbers(&q),
-            &mut out,
-        );
+        let attended = context.ready(shape, heads.dim, |out, quantiser| {
+            cpu::attention::<Stored>(
+                &context.pool,
+                &spec,
+                &kv_shape(heads),
+                cache.keys.storage(),
+                cache.values.storage(),
+                &step.rows(),
+                numbers(&q),
+                out,
+                quantiser,
+            );
+        });
         context.recycle(q);
-        wrap(out, shape)
+        attended
     }
 
     fn gated(context: &Cpu, [gate, up]: [Tensor<Self, 2>; 2], activation: Activation) -> Tensor<Self, 2> {
         let shape = gate.dims();
         let (gate, up) = (contiguous(bare(gate)), contiguous(bare(up)));
-        let mut out = context.buffer(shape[0] * shape[1]);
-        cpu::gated(&context.pool, activation, numbers(&gate), numbers(&up), &mut out);
+        let gated = context.ready(shape, shape[1], |out, quantiser| {
+            cpu::gated(&context.pool, activation, (numbers(&gate), numbers(&up)), out, quantiser);
+        });
         context.recycle(gate);
         context.recycle(up);
-        wrap(out, shape)
+        gated
     }
 
     fn recycle(context: &Cpu, logits: Vec<f32>) {

@@ -40,19 +40,47 @@ impl<B: Kernels> Subject<'_, B> {
         }
     }
 
+    /// A matrix in a block format for inputs of such a width, if the format can have it.
+    fn matrix(&mut self, width: usize) -> Option<B::Weight> {
+        const ROWS: usize = 48;
+        let block = |random: &mut StdRng| {
+            let mut block = f16::from_f32(0.01).to_le_bytes().to_vec();
+            block.extend((0..32).map(|_| random.random::<u8>()));
+            block
+        };
+        let data: Vec<u8> = (0..ROWS * width / 32).flat_map(|_| block(&mut self.random)).collect();
+        let matrix = TensorView { dtype: DType::Q8_0, shape: vec![ROWS, width], data: &data };
+        width.is_multiple_of(32).then(|| B::Weight::load(self.context, &self.device, &matrix))
+    }
+
+    /// What an operation has just computed, and may have made ready for a product, gives the same one as any other tensor.
+    fn assert_ready(&self, x: &Tensor<B, 2>, matrix: &Option<B::Weight>) {
+        let Some(matrix) = matrix else { return };
+        let copy = Tensor::from_data(x.to_data(), &self.device);
+        let [ready] = B::project(self.context, x.clone(), [matrix]);
+        let [other] = B::project(self.context, copy, [matrix]);
+        assert_eq!(ready.into_data(), other.into_data());
+    }
+
     fn rows(&mut self, rows: usize, width: usize) {
+        let matrix = self.matrix(width);
         let (x, x0) = self.both([rows, width]);
         let (y, y0) = self.both([rows, width]);
         let (w, w0) = self.both([width]);
         let normed = B::rms_norm(self.context, x.clone(), &w, 1e-5);
         self.assert_close(normed, plain::rms_norm(x0.clone(), &w0, 1e-5), 1e-5);
+        // Not any more what was normed.
+        let (_, normed) = B::add_rms_norm(self.context, x.clone(), y.clone(), &w, 1e-5);
+        self.assert_ready(&(normed * 2.0), &matrix);
         let (sum, normed) = B::add_rms_norm(self.context, x.clone(), y.clone(), &w, 1e-5);
+        self.assert_ready(&normed, &matrix);
         self.assert_close(sum, x0.clone() + y0.clone(), 1e-6);
         self.assert_close(normed, plain::rms_norm(x0.clone() + y0.clone(), &w0, 1e-5), 1e-5);
         for activation in [Activation::Silu, Activation::GeluTanh] {
             // Far enough out that an exponential would overflow.
             let (x, x0) = (x.clone() * 100.0, x0.clone() * 100.0);
             let gated = B::gated(self.context, [x, y.clone()], activation);
+            self.assert_ready(&gated, &matrix);
             self.assert_close(gated, plain::gated([x0, y0.clone()], activation), 1e-5);
         }
     }
@@ -158,6 +186,7 @@ impl<B: Kernels> Subject<'_, B> {
     /// Several sequences over several steps, with blocks all over the cache.
     fn attention(&mut self, heads: &Heads, style: RopeStyle, normed: bool) {
         let ropes = [Rope::new(style, 10_000.0, heads.dim, None)];
+        let matrix = self.matrix(heads.queries * heads.dim);
         let mut cache = B::cache(self.context, &self.device, heads, BLOCKS);
         let mut cache0 = plain::cache::<Flex>(&FlexDevice, heads, BLOCKS);
         let (query, query0) = self.both([heads.dim]);
@@ -191,6 +220,7 @@ impl<B: Kernels> Subject<'_, B> {
             let q0 = plain::rope_append([q0, k0, v0], heads, norms0, 0, &step0, &mut cache0);
             self.assert_close(q.clone(), q0.clone(), 1e-5);
             let out = B::attend(self.context, q, heads, &step, &cache);
+            self.assert_ready(&out, &matrix);
             self.assert_close(out, plain::attend(q0, heads, &step0, &cache0), 1e-4);
         }
     }
@@ -217,7 +247,7 @@ fn is_on_the_border(logits: &[f32], choice: &Choice, token: u32) -> bool {
 
 fn check<B: Kernels>(context: &B::Context, device: B::Device) {
     let mut subject = Subject::<B> { context, device, random: StdRng::seed_from_u64(11) };
-    for (rows, width) in [(5, 96), (1, 1), (3, 1030), (2, 577)] {
+    for (rows, width) in [(5, 96), (1, 1), (3, 1030), (2, 577), (40, 288)] {
         subject.rows(rows, width);
     }
     subject.greatest();

@@ -4,6 +4,8 @@
 //! what single-precision references differ by among themselves, even with outliers, where 8 bits change the text. The
 //! order in which the integers lie in memory is what the instruction set wants; see [`Codes`].
 
+use std::marker::PhantomData;
+
 use super::format::BLOCK;
 use super::isa::Isa;
 use super::pack::Shared;
@@ -13,6 +15,9 @@ use super::pool::Pool;
 const LARGEST: f32 = 32_512.0;
 /// Runs below this are taken for zero; their scale's reciprocal would overflow.
 const SMALLEST: f32 = 1e-30;
+
+/// Values that are worth another thread.
+pub(crate) const WORTH: usize = 3072;
 
 /// 32 integers `v`.
 /// - AVX-512, AMX and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`;
@@ -59,22 +64,26 @@ fn worth_tiles(isa: Isa) -> usize {
 /// vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
 /// time.
 #[derive(Default)]
-pub(super) struct Activations {
-    pub rows: usize,
-    pub blocks: usize,
-    pub codes: Vec<Codes>,
+pub struct Activations {
+    pub(super) rows: usize,
+    pub(super) blocks: usize,
+    pub(super) codes: Vec<Codes>,
     /// Where rows are not in tiles.
-    pub scales: Vec<RunScale>,
+    pub(super) scales: Vec<RunScale>,
     /// Where they are: `[tiles, blocks]`.
-    pub tiles: Vec<TileScales>,
-    pub tiled: bool,
+    pub(super) tiles: Vec<TileScales>,
+    pub(super) tiled: bool,
 }
 
 impl Activations {
-    /// Quantises `x`, `[rows, blocks * 32]`, for kernels of the pool's instruction set.
-    pub fn quantise(&mut self, pool: &Pool, x: &[f32], blocks: usize) {
-        let rows = x.len() / (blocks * BLOCK).max(1);
-        assert_eq!(x.len(), rows * blocks * BLOCK);
+    /// Makes room for `[rows, cols]` activations, which are then quantised part by part, as they become known: that way they are
+    /// still in the cache, and no pass over them is needed in which threads wait for one another.
+    ///
+    /// # Panics
+    /// If `cols` is no multiple of 32.
+    pub fn begin(&mut self, pool: &Pool, rows: usize, cols: usize) -> Quantiser<'_> {
+        assert!(cols > 0 && cols.is_multiple_of(BLOCK), "{cols} columns are no runs of {BLOCK}");
+        let blocks = cols / BLOCK;
         (self.rows, self.blocks) = (rows, blocks);
         self.tiled = rows >= worth_tiles(pool.isa());
         // What the last tile holds beyond the rows is never looked at.
@@ -85,18 +94,54 @@ impl Activations {
         } else {
             grow(&mut self.scales, runs, RunScale::default());
         }
-        let to = Places {
+        let places = Places {
             codes: Shared(self.codes.as_mut_ptr()),
             scales: Shared(self.scales.as_mut_ptr()),
             tiles: Shared(self.tiles.as_mut_ptr()),
             blocks,
         };
-        let run = kernel(pool.isa(), self.tiled);
-        // Some three thousand values are worth another thread.
-        pool.split(rows * blocks, 96, |range| {
-            // SAFETY: the pool's instruction set is there; runs of `x` have places of their own, and tasks different runs.
-            unsafe { run(&x[range.start * BLOCK..range.end * BLOCK], range.start, &to) }
+        let (kernel, values) = (kernel(pool.isa(), self.tiled), rows * cols);
+        Quantiser { places, kernel, values, activations: PhantomData }
+    }
+
+    /// Quantises `x`, whole rows of `cols` values, for kernels of the pool's instruction set.
+    ///
+    /// # Panics
+    /// If `x` is no whole rows, or `cols` no multiple of 32.
+    pub(super) fn quantise(&mut self, pool: &Pool, x: &[f32], cols: usize) {
+        let to = self.begin(pool, x.len() / cols.max(1), cols);
+        assert_eq!(x.len(), to.values);
+        pool.split(x.len() / BLOCK, WORTH / BLOCK, |runs| {
+            let values = runs.start * BLOCK..runs.end * BLOCK;
+            // SAFETY: tasks have runs of their own.
+            unsafe { to.put(values.start, &x[values]) }
         });
+    }
+}
+
+/// Quantises parts of activations, see [`Activations::begin`].
+pub struct Quantiser<'a> {
+    places: Places,
+    kernel: Kernel,
+    /// How many there are in all.
+    values: usize,
+    activations: PhantomData<&'a mut Activations>,
+}
+
+impl Quantiser<'_> {
+    /// Quantises `x`, which are whole runs of activations, the first of which is number `first`, counted row by row.
+    ///
+    /// # Panics
+    /// If they are no runs, or there are not so many.
+    ///
+    /// # Safety
+    /// Nobody else quantises the same ones at the same time.
+    pub(super) unsafe fn put(&self, first: usize, x: &[f32]) {
+        assert!(
+            first.is_multiple_of(BLOCK) && x.len().is_multiple_of(BLOCK) && first + x.len() <= self.values
+        );
+        // SAFETY: `begin` made room for the runs, for kernels of an instruction set that is there; the rest is the caller's promise.
+        unsafe { (self.kernel)(x, first / BLOCK, &self.places) }
     }
 }
 
@@ -343,7 +388,7 @@ mod tests {
             .map(|i| ((i * 7919 % 1009) as f32 - 504.0) * [1e-3, 1.0, 0.0][i / BLOCK % 3])
             .collect();
         let mut reference = Activations::default();
-        reference.quantise(&Pool::with_isa(1, Isa::Portable), &x, blocks);
+        reference.quantise(&Pool::with_isa(1, Isa::Portable), &x, blocks * BLOCK);
         let integers = |a: &Activations, place: usize, isa| -> Vec<i32> {
             let b = &a.codes[place].0;
             let wide = |i: usize| i32::from(i16::from_le_bytes([b[2 * i], b[2 * i + 1]]));
@@ -359,7 +404,7 @@ mod tests {
         };
         for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
             let mut other = Activations::default();
-            other.quantise(&Pool::with_isa(2, isa), &x, blocks);
+            other.quantise(&Pool::with_isa(2, isa), &x, blocks * BLOCK);
             assert_eq!(other.tiled, matches!(isa, Isa::Amx | Isa::Avx2));
             for run in 0..rows * blocks {
                 let a = reference.scales[run];
@@ -389,7 +434,7 @@ mod tests {
             let mut x = vec![1.0; 2 * BLOCK];
             x[5] = f32::NAN;
             let mut a = Activations::default();
-            a.quantise(&Pool::with_isa(1, isa), &x, 2);
+            a.quantise(&Pool::with_isa(1, isa), &x, 2 * BLOCK);
             assert!(a.scales[0].scale.is_nan() && !a.scales[1].scale.is_nan(), "{isa}");
         }
     }

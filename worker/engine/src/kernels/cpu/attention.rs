@@ -12,6 +12,7 @@ mod chunk;
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::activations::Quantiser;
 use super::cache::{Element, KvShape, Rows};
 use super::pack::Shared;
 use super::pool::{Pool, share};
@@ -52,13 +53,19 @@ pub(super) struct Problem<'a, E> {
     q: &'a [f32],
 }
 
+/// Where outputs go.
+struct Out<'a> {
+    values: Shared<f32>,
+    quantised: Option<&'a Quantiser<'a>>,
+}
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
     static PARTIAL: RefCell<Vec<f32>> = RefCell::default();
 }
 
 /// `out = softmax(q K^T) V`; `q` and `out` are `[rows, heads * head_dim]`, queries are rotated, and the rows' own keys and
-/// values are already in the cache.
+/// values are already in the cache. `out` is quantised, too, if it is told where to.
 ///
 /// # Panics
 /// If lengths, heads or positions do not fit.
@@ -72,6 +79,7 @@ pub fn attention<E: Element>(
     rows: &Rows<'_>,
     q: &[f32],
     out: &mut [f32],
+    quantised: Option<&Quantiser<'_>>,
 ) {
     assert!(
         shape.heads > 0 && spec.heads.is_multiple_of(shape.heads),
@@ -93,9 +101,9 @@ pub fn attention<E: Element>(
     let most = units.iter().map(cost).sum::<usize>() / (4 * pool.threads());
     let is_long = |unit: &Unit| pool.threads() > 1 && unit.chunks.len() > 1 && cost(unit) > most;
     let (long, units): (Vec<_>, Vec<_>) = units.into_iter().partition(is_long);
-    let out = Shared(out.as_mut_ptr());
+    let out = Out { values: Shared(out.as_mut_ptr()), quantised };
     if !long.is_empty() {
-        by_chunks(pool, &problem, &long, out);
+        by_chunks(pool, &problem, &long, &out);
     }
     if !units.is_empty() {
         // A thread's costliest units are usually the last, so they are begun first. Heads of the same rows stay on one thread
@@ -105,7 +113,7 @@ pub fn attention<E: Element>(
         pool.run(runs, |run| {
             let mine = &units[share(units.len(), runs, pool.backwards(runs, run))];
             for (index, unit) in mine.iter().enumerate() {
-                by_unit(pool, &problem, unit, mine.get(index + 1), out);
+                by_unit(pool, &problem, unit, mine.get(index + 1), &out);
             }
         });
     }
@@ -158,7 +166,7 @@ fn by_unit<E: Element>(
     problem: &Problem<'_, E>,
     unit: &Unit,
     next: Option<&Unit>,
-    out: Shared<f32>,
+    out: &Out<'_>,
 ) {
     SCRATCH.with_borrow_mut(|scratch| {
         scratch.begin(problem, unit);
@@ -172,7 +180,7 @@ fn by_unit<E: Element>(
 }
 
 /// Chunks spread over the threads, their results joined afterwards, in the order in which one thread would have.
-fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], out: Shared<f32>) {
+fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], out: &Out<'_>) {
     let state = problem.shape.value_dim() + 2;
     let tasks: Vec<(&Unit, usize)> =
         units.iter().flat_map(|unit| unit.chunks.clone().map(move |chunk| (unit, chunk))).collect();
@@ -216,13 +224,18 @@ fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], 
 }
 
 /// Writes a query's output: its weighted sum over the sum of its weights.
-fn finish<E>(problem: &Problem<'_, E>, unit: &Unit, query: usize, state: &[f32], out: Shared<f32>) {
+fn finish<E>(problem: &Problem<'_, E>, unit: &Unit, query: usize, state: &[f32], to: &Out<'_>) {
     let dim = problem.shape.head_dim;
     // SAFETY: the output of a query belongs to one unit, and a unit to one task; `place` is within `out`.
-    let out = unsafe { std::slice::from_raw_parts_mut(out.at(problem.place(unit, query)), dim) };
+    let place = problem.place(unit, query);
+    let out = unsafe { std::slice::from_raw_parts_mut(to.values.at(place), dim) };
     let factor = 1.0 / state[1];
     for (out, value) in out.iter_mut().zip(&state[2..]) {
         *out = value * factor;
+    }
+    if let Some(quantised) = to.quantised {
+        // SAFETY: as above.
+        unsafe { quantised.put(place, out) }
     }
 }
 

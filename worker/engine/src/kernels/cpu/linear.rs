@@ -127,14 +127,21 @@ thread_local! {
 /// # Panics
 /// If the lengths of `x` and `y` do not fit the shape of `w`.
 pub fn linear(pool: &Pool, x: &[f32], w: &Packed, y: &mut [f32]) {
-    linear_many(pool, x, &[w], &mut [y]);
+    linear_many(pool, x, None, &[w], &mut [y]);
 }
 
-/// [`linear`] with several matrices that share their input: cheaper than one after the other.
+/// [`linear`] with several matrices that share their input: cheaper than one after the other. `quantised` is `x`, where that was
+/// quantised already, with the same pool.
 ///
 /// # Panics
 /// If the lengths do not fit the shapes, or matrices differ in their columns.
-pub fn linear_many(pool: &Pool, x: &[f32], ws: &[&Packed], ys: &mut [&mut [f32]]) {
+pub fn linear_many(
+    pool: &Pool,
+    x: &[f32],
+    quantised: Option<&Activations>,
+    ws: &[&Packed],
+    ys: &mut [&mut [f32]],
+) {
     let Some(first) = ws.first() else { return };
     let cols = first.cols();
     assert_eq!(ws.len(), ys.len());
@@ -153,14 +160,19 @@ pub fn linear_many(pool: &Pool, x: &[f32], ws: &[&Packed], ys: &mut [&mut [f32]]
             kernel: layout(w.dtype()).map(|l| kernel(pool.isa(), l)),
         })
         .collect();
-    QUANTISED.with_borrow_mut(|quantised| {
-        let mut tile = TILE;
-        if jobs.iter().any(|job| job.kernel.is_some()) {
-            quantised.quantise(pool, x, cols / BLOCK);
-            if quantised.tiled {
-                tile = TILE_ROWS;
+    let wanted = jobs.iter().any(|job| job.kernel.is_some());
+    QUANTISED.with_borrow_mut(|own| {
+        let quantised = match quantised {
+            Some(quantised) => quantised,
+            None => {
+                if wanted {
+                    own.quantise(pool, x, cols);
+                }
+                own
             }
-        }
+        };
+        assert!(!wanted || (quantised.rows, quantised.blocks) == (n, cols / BLOCK));
+        let tile = if wanted && quantised.tiled { TILE_ROWS } else { TILE };
         run(pool, &Input { x, cols, n, tile, quantised }, &jobs);
     });
 }

@@ -14,6 +14,8 @@ mod pack;
 mod pool;
 mod rows;
 
+pub(super) use activations::WORTH as WORTH_QUANTISING;
+pub use activations::{Activations, Quantiser};
 pub use attention::{AttentionSpec, attention};
 pub use cache::{Element, KvShape, Rows, append};
 pub use isa::Isa;

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use super::activations::Quantiser;
+use super::format::BLOCK;
 use super::lanes::{Lanes, on_isa};
 use super::pack::Shared;
 use super::pool::Pool;
@@ -9,12 +11,22 @@ use crate::weights::{Activation, RopeStyle};
 
 /// Values that are worth another thread.
 const WORTH: usize = 4096;
+/// Values that stay in the first-level cache between two passes over them: whole runs.
+const PART: usize = 1024;
+const _: () = assert!(PART.is_multiple_of(BLOCK));
 
-/// Adds `y` to the residual stream `x`, then norms it: `x += y; out = rms_norm(x)`.
+/// Adds `y` to the residual stream `x`, then norms it: `x += y; out = rms_norm(x)`, and quantises it, too, if it is told where to.
 ///
 /// # Panics
 /// If `x`, `y` and `out` are not equally many whole rows.
-pub fn add_rms_norm(pool: &Pool, x: &mut [f32], y: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+pub fn add_rms_norm(
+    pool: &Pool,
+    x: &mut [f32],
+    y: &[f32],
+    (weight, epsilon): (&[f32], f32),
+    out: &mut [f32],
+    quantised: Option<&Quantiser<'_>>,
+) {
     let cols = weight.len();
     assert_eq!(x.len(), y.len());
     assert_eq!(x.len(), out.len());
@@ -26,6 +38,7 @@ pub fn add_rms_norm(pool: &Pool, x: &mut [f32], y: &[f32], weight: &[f32], epsil
             let x = &mut x[row * cols..][..cols];
             add_to(pool.isa(), x, &y[from + row * cols..][..cols]);
             norm(pool.isa(), x, weight, epsilon, out);
+            quantise(quantised, from + row * cols, out);
         }
     });
 }
@@ -62,20 +75,40 @@ fn norm_body<L: Lanes>(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32])
     }
 }
 
-/// `out = activation(gate) * up`.
+/// `out = activation(gate) * up`, quantised, too, if it is told where to.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn gated(pool: &Pool, activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub fn gated(
+    pool: &Pool,
+    activation: Activation,
+    (gate, up): (&[f32], &[f32]),
+    out: &mut [f32],
+    quantised: Option<&Quantiser<'_>>,
+) {
     assert_eq!(gate.len(), up.len());
     assert_eq!(gate.len(), out.len());
-    by_rows(pool, 1, out, |from, out| {
-        let (gate, up) = (&gate[from..from + out.len()], &up[from..from + out.len()]);
-        match activation {
-            Activation::Silu => silu_times(pool.isa(), gate, up, out),
-            Activation::GeluTanh => gelu_times(pool.isa(), gate, up, out),
+    // Whole runs where they are quantised.
+    let unit = if quantised.is_some() { BLOCK } else { 1 };
+    by_rows(pool, unit, out, |from, out| {
+        for (part, out) in out.chunks_mut(PART).enumerate() {
+            let from = from + part * PART;
+            let (gate, up) = (&gate[from..from + out.len()], &up[from..from + out.len()]);
+            match activation {
+                Activation::Silu => silu_times(pool.isa(), gate, up, out),
+                Activation::GeluTanh => gelu_times(pool.isa(), gate, up, out),
+            }
+            quantise(quantised, from, out);
         }
     });
+}
+
+/// Quantises what a task has just computed.
+fn quantise(to: Option<&Quantiser<'_>>, first: usize, values: &[f32]) {
+    if let Some(to) = to {
+        // SAFETY: a task's values are nobody else's.
+        unsafe { to.put(first, values) }
+    }
 }
 
 on_isa!(fn silu_times(gate: &[f32], up: &[f32], out: &mut [f32]) = silu_body);
@@ -241,7 +274,7 @@ mod tests {
                 }
                 let (mut sum, y) = (x.clone(), values(rows * cols, 9));
                 let mut fused = vec![f32::NAN; rows * cols];
-                add_rms_norm(&pool, &mut sum, &y, &w, 1e-5, &mut fused);
+                add_rms_norm(&pool, &mut sum, &y, (&w, 1e-5), &mut fused, None);
                 let mut x = x.clone();
                 add(&pool, &mut x, &y);
                 rms_norm(&pool, &x, &w, 1e-5, &mut out);
@@ -259,7 +292,7 @@ mod tests {
                 let each = |f: fn(f64) -> f64| -> Vec<f64> {
                     g.iter().zip(&u).map(|(&g, &u)| f(f64::from(g)) * f64::from(u)).collect()
                 };
-                gated(&pool, Activation::GeluTanh, &g, &u, &mut out);
+                gated(&pool, Activation::GeluTanh, (&g, &u), &mut out, None);
                 close(
                     &out,
                     &each(|g| {
@@ -268,14 +301,14 @@ mod tests {
                                 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh())
                     }),
                 );
-                gated(&pool, Activation::Silu, &g, &u, &mut out);
+                gated(&pool, Activation::Silu, (&g, &u), &mut out, None);
                 let want = each(|g| g / (1.0 + (-g).exp()));
                 close(&out, &want);
                 add(&pool, &mut out, &u);
                 close(&out, &want.iter().zip(&u).map(|(w, u)| w + f64::from(*u)).collect::<Vec<_>>());
             }
             let mut out = [f32::NAN; 3];
-            gated(&pool, Activation::Silu, &[-200.0, 200.0, 0.0], &[1.0; 3], &mut out);
+            gated(&pool, Activation::Silu, (&[-200.0, 200.0, 0.0], &[1.0; 3]), &mut out, None);
             assert!(out[0].abs() < 1e-30 && out[1] == 200.0 && out[2] == 0.0, "{out:?}");
         }
     }

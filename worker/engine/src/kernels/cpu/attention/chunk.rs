@@ -299,7 +299,7 @@ impl<E: Element> Pages<'_, E> {
         if !self.fetch {
             instead
         } else if step / count == 1 && v < end {
-            self.values(v)
+            self.value_memory(self.chunk * CHUNK + v * WIDTH)
         } else if v < end {
             self.key_memory(self.table, self.kv_head, self.chunk * CHUNK + v * WIDTH)
         } else if let Some(next) = self.next {
@@ -315,13 +315,22 @@ impl<E: Element> Pages<'_, E> {
         }
     }
 
-    /// A block's keys lie together; each vector of positions counts for an equal share of them.
+    /// A block's keys and their scales lie together; each vector of positions counts for an equal share of them.
     #[inline(always)]
     fn key_memory(&self, table: &[u32], kv_head: usize, position: usize) -> *const E {
         let shape = self.problem.shape;
         let (block, place) = (table[position / shape.block] as usize, position % shape.block);
         let head = (block * shape.heads + kv_head) * shape.key_head::<E>();
         self.problem.keys[head + place * (shape.head_dim + E::SCALE)..].as_ptr()
+    }
+
+    /// The same for this head's values.
+    #[inline(always)]
+    fn value_memory(&self, position: usize) -> *const E {
+        let shape = self.problem.shape;
+        let (block, place) = (self.table[position / shape.block] as usize, position % shape.block);
+        let head = (block * shape.heads + self.kv_head) * shape.value_head::<E>();
+        self.problem.values[head + place * (shape.value_dim() + E::SCALE)..].as_ptr()
     }
 
     /// Values of the 16 positions of vector `v`, one after the other.
@@ -349,10 +358,15 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
     let keys: [*const E; V] = std::array::from_fn(|i| pages.keys(v + i));
     let next = pages.ahead(v - pages.whole.start, keys[0]);
     if E::SCALE > 0 && pages.fetch {
+        // Where nothing was asked for ahead: at the beginning.
         for i in 0..V {
             L::prefetch(pages.key_scales(v + i));
             L::prefetch(pages.value_scales(v + i));
         }
+    }
+    // What lies behind the last dimension.
+    for line in (0..V * WIDTH * E::SCALE * size_of::<E>()).step_by(64) {
+        L::prefetch(next.cast::<u8>().wrapping_add(V * WIDTH * dim * size_of::<E>() + line));
     }
     let mut sums = [[L::splat(0.0); V]; Q];
     for piece in 0..dim.div_ceil(PIECE) {
@@ -458,6 +472,11 @@ unsafe fn values<L: Lanes, E: Element, const Q: usize, const S: usize>(
         let end = span.end.min((v + 1) * WIDTH);
         let base = pages.values(v);
         let next = pages.ahead(pages.whole.len() + v - pages.whole.start, base);
+        if at == 0 {
+            for line in (0..WIDTH * E::SCALE * size_of::<E>()).step_by(64) {
+                L::prefetch(next.cast::<u8>().wrapping_add(WIDTH * dim * size_of::<E>() + line));
+            }
+        }
         for p in position..end {
             for line in (0..S * WIDTH * size_of::<E>()).step_by(64) {
                 let at = ((p - v * WIDTH) * dim + at * WIDTH) * size_of::<E>() + line;

@@ -101,7 +101,7 @@ impl Case {
             positions: &batch.positions[rows],
             tables: &tables,
         };
-        attention(pool, &self.spec, &self.shape, &keys, &values, &rows, q, &mut out);
+        attention(pool, &self.spec, &self.shape, &keys, &values, &rows, q, &mut out, None);
         out
     }
 

@@ -136,7 +136,7 @@ fn matrices_that_share_their_input_give_what_each_gives_alone() {
         .collect();
     let mut together: Vec<Vec<f32>> = ws.iter().map(|w| vec![f32::NAN; n * w.rows()]).collect();
     let mut outputs: Vec<&mut [f32]> = together.iter_mut().map(Vec::as_mut_slice).collect();
-    linear_many(&pool, &x, &ws.iter().collect::<Vec<_>>(), &mut outputs);
+    linear_many(&pool, &x, None, &ws.iter().collect::<Vec<_>>(), &mut outputs);
     for (w, together) in ws.iter().zip(&together) {
         let mut alone = vec![f32::NAN; n * w.rows()];
         linear(&pool, &x, w, &mut alone);
