@@ -67,7 +67,6 @@ impl Cpu {
             .then(|| ready.activations.begin(&self.pool, rows, cols));
         let quantises = quantiser.is_some();
         compute(&mut out, quantiser.as_ref());
-        drop(quantiser);
         let tensor = FlexTensor::from_data(TensorData::new(out, shape));
         ready.of = quantises.then(|| tensor.clone());
         Tensor::from_primitive(TensorPrimitive::Float(tensor))

@@ -226,8 +226,8 @@ fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], 
 /// Writes a query's output: its weighted sum over the sum of its weights.
 fn finish<E>(problem: &Problem<'_, E>, unit: &Unit, query: usize, state: &[f32], to: &Out<'_>) {
     let dim = problem.shape.head_dim;
-    // SAFETY: the output of a query belongs to one unit, and a unit to one task; `place` is within `out`.
     let place = problem.place(unit, query);
+    // SAFETY: the output of a query belongs to one unit, and a unit to one task; `place` is within `out`.
     let out = unsafe { std::slice::from_raw_parts_mut(to.values.at(place), dim) };
     let factor = 1.0 / state[1];
     for (out, value) in out.iter_mut().zip(&state[2..]) {
