@@ -172,6 +172,7 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
         chunk,
         whole: &whole,
         fetch: first == 0,
+        begins: first == 0 && chunk == unit.chunks.start,
         next,
     };
 
@@ -241,6 +242,8 @@ struct Pages<'a, E> {
     whole: &'a Range<usize>,
     /// Whether the chunk is read for the first time, and so comes from memory.
     fetch: bool,
+    /// Whether it is the first of its unit, and so nothing was asked for ahead of it.
+    begins: bool,
     /// What this thread does next.
     next: Option<&'a Unit>,
 }
@@ -357,11 +360,9 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
     let dim = pages.problem.shape.head_dim;
     let keys: [*const E; V] = std::array::from_fn(|i| pages.keys(v + i));
     let next = pages.ahead(v - pages.whole.start, keys[0]);
-    if E::SCALE > 0 && pages.fetch {
-        // Where nothing was asked for ahead: at the beginning.
+    if E::SCALE > 0 && pages.begins && v - pages.whole.start < AHEAD / (WIDTH * size_of::<E>()) {
         for i in 0..V {
             L::prefetch(pages.key_scales(v + i));
-            L::prefetch(pages.value_scales(v + i));
         }
     }
     // What lies behind the last dimension.
