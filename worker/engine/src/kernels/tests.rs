@@ -43,12 +43,7 @@ impl<B: Kernels> Subject<'_, B> {
     /// A matrix in a block format for inputs of such a width, if the format can have it.
     fn matrix(&mut self, width: usize) -> Option<B::Weight> {
         const ROWS: usize = 48;
-        let block = |random: &mut StdRng| {
-            let mut block = f16::from_f32(0.01).to_le_bytes().to_vec();
-            block.extend((0..32).map(|_| random.random::<u8>()));
-            block
-        };
-        let data: Vec<u8> = (0..ROWS * width / 32).flat_map(|_| block(&mut self.random)).collect();
+        let data = self.weights(DType::Q8_0, ROWS * width);
         let matrix = TensorView { dtype: DType::Q8_0, shape: vec![ROWS, width], data: &data };
         width.is_multiple_of(32).then(|| B::Weight::load(self.context, &self.device, &matrix))
     }

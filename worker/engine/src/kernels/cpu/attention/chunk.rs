@@ -302,7 +302,7 @@ impl<E: Element> Pages<'_, E> {
         if !self.fetch {
             instead
         } else if step / count == 1 && v < end {
-            self.value_memory(self.chunk * CHUNK + v * WIDTH)
+            self.value_memory(v)
         } else if v < end {
             self.key_memory(self.table, self.kv_head, self.chunk * CHUNK + v * WIDTH)
         } else if let Some(next) = self.next {
@@ -327,11 +327,11 @@ impl<E: Element> Pages<'_, E> {
         self.problem.keys[head + place * (shape.head_dim + E::SCALE)..].as_ptr()
     }
 
-    /// The same for this head's values.
+    /// The same for the values of vector `v`.
     #[inline(always)]
-    fn value_memory(&self, position: usize) -> *const E {
+    fn value_memory(&self, v: usize) -> *const E {
+        let (block, place) = self.find(v);
         let shape = self.problem.shape;
-        let (block, place) = (self.table[position / shape.block] as usize, position % shape.block);
         let head = (block * shape.heads + self.kv_head) * shape.value_head::<E>();
         self.problem.values[head + place * (shape.value_dim() + E::SCALE)..].as_ptr()
     }
