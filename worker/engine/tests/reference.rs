@@ -5,6 +5,7 @@ mod common;
 use common::cases::{Candidate, Case, cases};
 use common::listener::{Heard, Listener, options};
 use stoker_engine::bench::Probe;
+use stoker_engine::kernels::cpu::Pool;
 use stoker_engine::*;
 
 /// The reference's tokens, the end-of-generation token included.
@@ -46,11 +47,13 @@ fn first_tokens_have_the_probabilities_of_exact_arithmetic() {
     let mut probe = Probe::load(options()).unwrap();
     let exact = std::fs::read_to_string(common::data("smollm2_first_step_f64.json")).unwrap();
     let exact: Vec<Vec<Candidate>> = serde_json::from_str(&exact).unwrap();
+    // For AMX more activations share a scale.
+    let limit = if Pool::new(1).isa().to_string() == "amx" { 7e-3 } else { 3e-3 };
     for (case, exact) in cases().iter().zip(exact) {
         let logprobs = logprobs(&probe.logits(&case.prompt_tokens, 1)[0]);
         for candidate in &exact {
             let difference = (logprobs[candidate.id as usize] - candidate.logprob).abs();
-            assert!(difference < 3e-3, "{}: token {} is {difference} off", case.prompt, candidate.id);
+            assert!(difference < limit, "{}: token {} is {difference} off", case.prompt, candidate.id);
         }
         // The reference's probabilities are further from exact arithmetic than ours; why is not known.
         for candidate in &case.first_step_top5 {

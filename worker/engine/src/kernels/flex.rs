@@ -49,12 +49,10 @@ impl Cpu {
         }
     }
 
-    /// A tensor whose numbers `compute` writes, and quantises on the way if it is given a quantiser. Runs of what is quantised must
-    /// not cross `unit`s.
+    /// A tensor whose numbers `compute` writes, and quantises on the way if it is given a quantiser.
     fn ready(
         &self,
         shape: [usize; 2],
-        unit: usize,
         compute: impl FnOnce(&mut [f32], Option<&Quantiser<'_>>),
     ) -> Tensor<Flex, 2> {
         let [rows, cols] = shape;
@@ -63,7 +61,7 @@ impl Cpu {
         ready.of = None;
         // What one thread quantises takes no pass of its own, and it has it at hand then.
         let wanted = self.quantises.get() && rows * cols >= 2 * cpu::WORTH_QUANTISING;
-        let quantiser = (wanted && unit.is_multiple_of(cpu::format::BLOCK))
+        let quantiser = (wanted && cols.is_multiple_of(cpu::format::BLOCK))
             .then(|| ready.activations.begin(&self.pool, rows, cols));
         let quantises = quantiser.is_some();
         compute(&mut out, quantiser.as_ref());
@@ -165,7 +163,7 @@ impl Kernels for Flex {
     ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
         let shape = residual.dims();
         let (mut sum, x, weight) = (contiguous(bare(residual)), contiguous(bare(x)), bare(weight.clone()));
-        let normed = context.ready(shape, shape[1], |out, quantiser| {
+        let normed = context.ready(shape, |out, quantiser| {
             let norm = (numbers(&weight), eps);
             cpu::add_rms_norm(&context.pool, sum.storage_mut(), numbers(&x), norm, out, quantiser);
         });
@@ -259,7 +257,7 @@ impl Kernels for Flex {
         let q = contiguous(bare(q));
         let spec =
             AttentionSpec { heads: heads.queries, scale: heads.scale, window: heads.window, softcap: None };
-        let attended = context.ready(shape, heads.dim, |out, quantiser| {
+        let attended = context.ready(shape, |out, quantiser| {
             cpu::attention::<Stored>(
                 &context.pool,
                 &spec,
@@ -279,7 +277,7 @@ impl Kernels for Flex {
     fn gated(context: &Cpu, [gate, up]: [Tensor<Self, 2>; 2], activation: Activation) -> Tensor<Self, 2> {
         let shape = gate.dims();
         let (gate, up) = (contiguous(bare(gate)), contiguous(bare(up)));
-        let gated = context.ready(shape, shape[1], |out, quantiser| {
+        let gated = context.ready(shape, |out, quantiser| {
             cpu::gated(&context.pool, activation, (numbers(&gate), numbers(&up)), out, quantiser);
         });
         context.recycle(gate);

@@ -18,6 +18,7 @@ struct Subject<'a, B: Kernels> {
     context: &'a B::Context,
     device: B::Device,
     random: StdRng,
+    q4_1: f32,
 }
 
 impl<B: Kernels> Subject<'_, B> {
@@ -141,6 +142,7 @@ impl<B: Kernels> Subject<'_, B> {
 
     /// One input through two matrices, at numbers of rows for which different kernels may be chosen.
     fn products(&mut self, dtype: DType, outputs: usize, inputs: usize) {
+        let tolerance = if dtype == DType::Q4_1 { self.q4_1 } else { 1e-4 };
         let bytes = self.weights(dtype, outputs * inputs);
         let view = TensorView { dtype, shape: vec![outputs, inputs], data: &bytes };
         let [one, two] = [0, 1].map(|_| B::Weight::load(self.context, &self.device, &view));
@@ -150,7 +152,7 @@ impl<B: Kernels> Subject<'_, B> {
             let (x, x0) = self.both([rows, inputs]);
             let expected = plain.multiply(x0);
             for y in B::project(self.context, x, [&one, &two]) {
-                self.assert_close(y, expected.clone(), 1e-4);
+                self.assert_close(y, expected.clone(), tolerance);
             }
         }
     }
@@ -240,8 +242,9 @@ fn is_on_the_border(logits: &[f32], choice: &Choice, token: u32) -> bool {
     known && (begin..=end).contains(&choice.random)
 }
 
-fn check<B: Kernels>(context: &B::Context, device: B::Device) {
-    let mut subject = Subject::<B> { context, device, random: StdRng::seed_from_u64(11) };
+/// Products with weights in Q4_1 are right up to `q4_1`.
+fn check<B: Kernels>(context: &B::Context, device: B::Device, q4_1: f32) {
+    let mut subject = Subject::<B> { context, device, q4_1, random: StdRng::seed_from_u64(11) };
     for (rows, width) in [(5, 96), (1, 1), (3, 1030), (2, 577), (40, 288)] {
         subject.rows(rows, width);
     }
@@ -269,7 +272,10 @@ fn check<B: Kernels>(context: &B::Context, device: B::Device) {
 #[test]
 fn the_cpus_operations_are_the_plain_ones() {
     for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
-        check::<Flex>(&Cpu::with_isa(2, isa), FlexDevice);
+        // For AMX scales are rounded to units, see `format::fix`: half of one, for codes up to 15, is a 4,000th of the largest weight
+        // of these, whose scales are as different as no model's.
+        let q4_1 = if isa == Isa::Amx { 1e-3 } else { 1e-4 };
+        check::<Flex>(&Cpu::with_isa(2, isa), FlexDevice, q4_1);
     }
 }
 
@@ -277,5 +283,5 @@ fn the_cpus_operations_are_the_plain_ones() {
 #[test]
 fn wgpus_operations_are_the_plain_ones() {
     assert!(gpu::wgpu::device().is_ok(), "a Vulkan device, at least a software one, is there");
-    check::<gpu::wgpu::Wgpu>(&(), Default::default());
+    check::<gpu::wgpu::Wgpu>(&(), Default::default(), 1e-4);
 }

@@ -1,6 +1,6 @@
 //! Activations as 16-bit integers, so that a product of quantised weights is a product of integers.
 //!
-//! Each run of 32 inputs gets a scale of its own (its largest magnitude over 32,512); rounding errors then stay below
+//! Each *span* of 32 inputs, or on AMX of 128, gets a scale of its own (its largest magnitude over 32,512); rounding errors then stay below
 //! what single-precision references differ by among themselves, even with outliers, where 8 bits change the text. The
 //! order in which the integers lie in memory is what the instruction set wants; see [`Codes`].
 
@@ -13,14 +13,20 @@ use super::pool::Pool;
 
 /// The largest integer: 127 * 256, so that both bytes of `256 * high + low` fit signed bytes.
 const LARGEST: f32 = 32_512.0;
-/// Runs below this are taken for zero; their scale's reciprocal would overflow.
+/// Spans below this are taken for zero; their scale's reciprocal would overflow.
 const SMALLEST: f32 = 1e-30;
+
+/// Runs of a row that share a scale on AMX, as blocks of weights do there. The last of a row may be fewer. Twice as many would be a
+/// tenth faster with many rows, but three times as far from f32 (mean divergence 1.5e-6 for 5e-7 nats).
+pub(in crate::kernels) const SPAN: usize = 4;
 
 /// Values that are worth another thread.
 pub(crate) const WORTH: usize = 3072;
 
 /// 32 integers `v`.
-/// - AVX-512, AMX and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`;
+/// - AVX-512 and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`; on AVX-512 low ones are at
+///   least -127, see [`x86::avx512`];
+/// - AMX, in tiles: the same bytes, but those of two blocks together: 64 bytes `high` of each of 16 rows, then `low`;
 /// - AVX2: i16, in each four those with even index first: 0, 2, 1, 3;
 /// - portable: i16 in order.
 #[derive(Clone, Copy)]
@@ -37,6 +43,10 @@ pub(super) struct RunScale {
     pub sum: f32,
     /// Sum of `v`.
     pub integer_sum: i32,
+    /// On AVX-512 and AMX the sum of `high` and that of `low`, in the upper half of 32 bits.
+    pub upper: [i32; 2],
+    /// On these the same sums times -8, which makes codes of 4 bits signed.
+    pub centre: [i32; 2],
 }
 
 /// What the integers of a block mean, for each of a tile's rows; see [`RunScale`].
@@ -60,8 +70,8 @@ fn worth_tiles(isa: Isa) -> usize {
     }
 }
 
-/// Quantised activations `[rows, blocks]`, or, for AMX and AVX2 if there are enough rows, `[tiles of 16 rows, blocks, 16]`. The
-/// vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
+/// Quantised activations `[rows, blocks]`, or, if there are enough rows, `[tiles of 16 rows, blocks, 16]` for AVX2 and `[tiles of
+/// 16 rows, pairs of blocks, 2, 16]` for AMX. The vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
 /// time.
 #[derive(Default)]
 pub struct Activations {
@@ -87,18 +97,20 @@ impl Activations {
         (self.rows, self.blocks) = (rows, blocks);
         self.tiled = rows >= worth_tiles(pool.isa());
         // What the last tile holds beyond the rows is never looked at.
-        let runs = blocks * if self.tiled { rows.next_multiple_of(TILE_ROWS) } else { rows };
-        grow(&mut self.codes, runs, Codes([0; 64]));
         if self.tiled {
-            grow(&mut self.tiles, runs / TILE_ROWS, TileScales::default());
+            let tiles = rows.div_ceil(TILE_ROWS);
+            grow(&mut self.codes, tiles * TILE_ROWS * blocks.next_multiple_of(2), Codes([0; 64]));
+            grow(&mut self.tiles, tiles * blocks, TileScales::default());
         } else {
-            grow(&mut self.scales, runs, RunScale::default());
+            grow(&mut self.codes, rows * blocks, Codes([0; 64]));
+            grow(&mut self.scales, rows * blocks, RunScale::default());
         }
         let places = Places {
             codes: Shared(self.codes.as_mut_ptr()),
             scales: Shared(self.scales.as_mut_ptr()),
             tiles: Shared(self.tiles.as_mut_ptr()),
             blocks,
+            span: if pool.isa() == Isa::Amx { SPAN } else { 1 },
         };
         let (kernel, values) = (kernel(pool.isa(), self.tiled), rows * cols);
         Quantiser { places, kernel, values, activations: PhantomData }
@@ -109,11 +121,12 @@ impl Activations {
     /// # Panics
     /// If `x` is no whole rows, or `cols` no multiple of 32.
     pub(super) fn quantise(&mut self, pool: &Pool, x: &[f32], cols: usize) {
-        let to = self.begin(pool, x.len() / cols.max(1), cols);
+        let rows = x.len() / cols.max(1);
+        let to = self.begin(pool, rows, cols);
         assert_eq!(x.len(), to.values);
-        pool.split(x.len() / BLOCK, WORTH / BLOCK, |runs| {
-            let values = runs.start * BLOCK..runs.end * BLOCK;
-            // SAFETY: tasks have runs of their own.
+        pool.split(rows, WORTH.div_ceil(cols), |rows| {
+            let values = rows.start * cols..rows.end * cols;
+            // SAFETY: tasks have rows of their own.
             unsafe { to.put(values.start, &x[values]) }
         });
     }
@@ -129,17 +142,21 @@ pub struct Quantiser<'a> {
 }
 
 impl Quantiser<'_> {
-    /// Quantises `x`, which are whole runs of activations, the first of which is number `first`, counted row by row.
+    /// Values of a row.
+    pub(super) fn cols(&self) -> usize {
+        self.places.blocks * BLOCK
+    }
+
+    /// Quantises `x`, which are whole spans of activations, the first of which is number `first`, counted row by row.
     ///
     /// # Panics
-    /// If they are no runs, or there are not so many.
+    /// If they are no spans, or there are not so many.
     ///
     /// # Safety
     /// Nobody else quantises the same ones at the same time.
     pub(super) unsafe fn put(&self, first: usize, x: &[f32]) {
-        assert!(
-            first.is_multiple_of(BLOCK) && x.len().is_multiple_of(BLOCK) && first + x.len() <= self.values
-        );
+        let is_bound = |value: usize| (value % self.cols()).is_multiple_of(self.places.span * BLOCK);
+        assert!(is_bound(first) && is_bound(first + x.len()) && first + x.len() <= self.values);
         // SAFETY: `begin` made room for the runs, for kernels of an instruction set that is there; the rest is the caller's promise.
         unsafe { (self.kernel)(x, first / BLOCK, &self.places) }
     }
@@ -152,7 +169,7 @@ fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
     }
 }
 
-/// Scale and its reciprocal of a run whose largest magnitude is `largest`.
+/// Scale and its reciprocal of a span whose largest magnitude is `largest`.
 #[inline(always)]
 fn scale_of(largest: f32) -> (f32, f32) {
     if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) }
@@ -164,40 +181,66 @@ struct Places {
     scales: Shared<RunScale>,
     tiles: Shared<TileScales>,
     blocks: usize,
+    /// Runs that share a scale.
+    span: usize,
 }
 
 impl Places {
-    /// The place for the codes of run `run`, counted row by row, once its scale is put where it belongs.
+    /// Splits `x`, whole spans, the first run of which is number `first`, into these: row and block that each begins with, and
+    /// its values.
+    #[inline(always)]
+    fn spans<'x>(
+        &self,
+        mut x: &'x [f32],
+        first: usize,
+    ) -> impl Iterator<Item = (usize, usize, &'x [f32])> + use<'x> {
+        let (blocks, span) = (self.blocks, self.span);
+        // Divided once, not for each.
+        let (mut row, mut block) = (first / blocks, first % blocks);
+        std::iter::from_fn(move || {
+            let runs = span.min(blocks - block).min(x.len() / BLOCK);
+            let values;
+            (values, x) = x.split_at(runs * BLOCK);
+            let place = (row, block);
+            block += runs;
+            if block == blocks {
+                (row, block) = (row + 1, 0);
+            }
+            (runs > 0).then_some((place.0, place.1, values))
+        })
+    }
+
+    /// The place for the codes of block `block` of row `row`, once its scale is put where it belongs.
     ///
     /// # Safety
     /// There is such a run, nobody else has its places, and rows are not in tiles.
     #[inline(always)]
-    unsafe fn put(&self, run: usize, scale: RunScale) -> *mut Codes {
-        // SAFETY: the caller's promise; `quantise` made room for all runs.
+    unsafe fn put(&self, row: usize, block: usize, scale: RunScale) -> *mut Codes {
+        let run = row * self.blocks + block;
+        // SAFETY: the caller's promise; `begin` made room for all runs.
         unsafe { *self.scales.at(run) = scale };
         self.codes.at(run)
     }
 
-    /// The same for block `block` of row `row`, if rows are in tiles.
+    /// Puts the scale of a run where it belongs if rows are in tiles.
     ///
     /// # Safety
-    /// There is such a run, nobody else has its places, and rows are in tiles.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AMX and AVX2 have tiles"))]
+    /// As for [`Places::put`], but rows are in tiles.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn put_in_tile(&self, row: usize, block: usize, scale: RunScale) -> *mut Codes {
+    unsafe fn put_in_tile(&self, row: usize, block: usize, scale: f32, sum: f32) {
         let (index, row) = (row / TILE_ROWS * self.blocks + block, row % TILE_ROWS);
-        // SAFETY: the caller's promise; `quantise` made room for all tiles. Of a tile's scales each row has its own; a
+        // SAFETY: the caller's promise; `begin` made room for all tiles. Of a tile's scales each row has its own; a
         // reference to all would claim the others'.
         unsafe {
             let tile = self.tiles.at(index);
-            (&raw mut (*tile).scale[row]).write(scale.scale);
-            (&raw mut (*tile).sum[row]).write(scale.sum);
+            (&raw mut (*tile).scale[row]).write(scale);
+            (&raw mut (*tile).sum[row]).write(sum);
         }
-        self.codes.at(index * TILE_ROWS + row)
     }
 }
 
-/// Quantises runs, the first of which is number `first`, to where they belong.
+/// Quantises spans, the first run of which is number `first`, to where they belong.
 type Kernel = unsafe fn(&[f32], usize, &Places);
 
 fn kernel(isa: Isa, tiled: bool) -> Kernel {
@@ -252,25 +295,28 @@ unsafe fn planes(x: &[f32], first: usize, to: &Places) {
 /// As for [`Places::put`].
 #[inline(always)]
 unsafe fn each_run(x: &[f32], first: usize, to: &Places, put: impl Fn(&[i16; BLOCK], &mut Codes)) {
-    for (run, x) in x.chunks_exact(BLOCK).enumerate() {
-        // Magnitudes compared as integers: a NaN is the largest and so spoils its run, as it should.
+    for (row, block, x) in to.spans(x, first) {
+        // Magnitudes compared as integers: a NaN is the largest and so spoils its span, as it should.
         let mut largest = 0;
         for value in x {
             largest = largest.max(value.to_bits() & 0x7fff_ffff);
         }
-        let largest = f32::from_bits(largest);
-        let (scale, inverse) = scale_of(largest);
-        let mut v = [0i16; BLOCK];
-        let mut sum = 0i32;
-        for (v, x) in v.iter_mut().zip(x) {
-            // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-            let integer = ((x * inverse + 12_582_912.0).to_bits() as i32).wrapping_sub(0x4b40_0000) as i16;
-            *v = integer;
-            sum += i32::from(integer);
+        let (scale, inverse) = scale_of(f32::from_bits(largest));
+        for (run, x) in x.chunks_exact(BLOCK).enumerate() {
+            let mut v = [0i16; BLOCK];
+            let mut sum = 0i32;
+            for (v, x) in v.iter_mut().zip(x) {
+                // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+                let integer =
+                    ((x * inverse + 12_582_912.0).to_bits() as i32).wrapping_sub(0x4b40_0000) as i16;
+                *v = integer;
+                sum += i32::from(integer);
+            }
+            let run_scale =
+                RunScale { scale, sum: scale * sum as f32, integer_sum: sum, ..RunScale::default() };
+            // SAFETY: the caller's promise.
+            put(&v, unsafe { &mut *to.put(row, block + run, run_scale) });
         }
-        let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
-        // SAFETY: the caller's promise.
-        put(&v, unsafe { &mut *to.put(first + run, run_scale) });
     }
 }
 
@@ -293,84 +339,114 @@ pub(super) mod x86 {
     /// As for [`Places::put`] or [`Places::put_in_tile`].
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn avx2<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
-        let (mut row, mut block) = (first / to.blocks, first % to.blocks);
         let magnitude = _mm256_set1_epi32(0x7fff_ffff);
         // In each four of 16 bits, those with even index first.
         let even_first =
             _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-        for (run, x) in x.chunks_exact(BLOCK).enumerate() {
-            // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
-            unsafe {
-                let load = |i: usize| _mm256_loadu_ps(x.as_ptr().add(8 * i));
-                let x = [load(0), load(1), load(2), load(3)];
-                let bits = |x: __m256| _mm256_and_si256(_mm256_castps_si256(x), magnitude);
-                let max = |a, b| _mm256_max_epi32(a, b);
-                let largest = max(max(bits(x[0]), bits(x[1])), max(bits(x[2]), bits(x[3])));
-                let largest =
-                    _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
-                let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b01_00_11_10>(largest));
-                let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b10_11_00_01>(largest));
-                let largest = f32::from_bits(_mm_cvtsi128_si32(largest) as u32);
-                let (scale, inverse) = scale_of(largest);
-                let inverse = _mm256_set1_ps(inverse);
-                let v = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
-                let sum = sum(_mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3])));
-                let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
-                let codes = match TILED {
-                    true => to.put_in_tile(row, block, run_scale),
-                    false => to.put(first + run, run_scale),
-                };
-                for (i, v) in v.chunks_exact(2).enumerate() {
-                    // Packing joins the halves of its operands in turn.
-                    let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
-                    let v = _mm256_shuffle_epi8(packed, even_first);
-                    _mm256_store_si256(codes.cast::<__m256i>().add(i), v);
+        for (row, block, x) in to.spans(x, first) {
+            let mut largest = [_mm256_setzero_si256(); 4];
+            for x in x.chunks_exact(BLOCK) {
+                for (i, largest) in largest.iter_mut().enumerate() {
+                    // SAFETY: a run is 32 values.
+                    let bits = unsafe { _mm256_loadu_si256(x.as_ptr().add(8 * i).cast()) };
+                    *largest = _mm256_max_epi32(*largest, _mm256_and_si256(bits, magnitude));
                 }
             }
-            block += 1;
-            if block == to.blocks {
-                (row, block) = (row + 1, 0);
+            let largest = _mm256_max_epi32(
+                _mm256_max_epi32(largest[0], largest[1]),
+                _mm256_max_epi32(largest[2], largest[3]),
+            );
+            let largest =
+                _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+            let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b01_00_11_10>(largest));
+            let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b10_11_00_01>(largest));
+            let (scale, inverse) = scale_of(f32::from_bits(_mm_cvtsi128_si32(largest) as u32));
+            let inverse = _mm256_set1_ps(inverse);
+            for (run, x) in x.chunks_exact(BLOCK).enumerate() {
+                // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
+                unsafe {
+                    let load = |i: usize| _mm256_loadu_ps(x.as_ptr().add(8 * i));
+                    let x = [load(0), load(1), load(2), load(3)];
+                    let v = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
+                    let sum =
+                        sum(_mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3])));
+                    let (block, sum_of_values) = (block + run, scale * sum as f32);
+                    let codes = if TILED {
+                        to.put_in_tile(row, block, scale, sum_of_values);
+                        let tile = row / TILE_ROWS * to.blocks + block;
+                        to.codes.at(tile * TILE_ROWS + row % TILE_ROWS)
+                    } else {
+                        let scale =
+                            RunScale { scale, sum: sum_of_values, integer_sum: sum, ..RunScale::default() };
+                        to.put(row, block, scale)
+                    };
+                    for (i, v) in v.chunks_exact(2).enumerate() {
+                        // Packing joins the halves of its operands in turn.
+                        let packed =
+                            _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
+                        let v = _mm256_shuffle_epi8(packed, even_first);
+                        _mm256_store_si256(codes.cast::<__m256i>().add(i), v);
+                    }
+                }
             }
         }
     }
 
+    /// Low bytes are at least -127, which is off by one where -128 would be nearest: 32 products of low bytes with codes of 4
+    /// bits less 8 are 16-bit integers then.
+    ///
     /// # Safety
     /// As for [`Places::put`] or [`Places::put_in_tile`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     pub(super) unsafe fn avx512<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
-        // Divided once, not for each run.
-        let (mut row, mut block) = (first / to.blocks, first % to.blocks);
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-        for (run, x) in x.chunks_exact(BLOCK).enumerate() {
-            // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
-            unsafe {
-                let (a, b) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
-                let largest = _mm512_max_epi32(
-                    _mm512_and_si512(_mm512_castps_si512(a), magnitude),
-                    _mm512_and_si512(_mm512_castps_si512(b), magnitude),
-                );
-                let largest = f32::from_bits(_mm512_reduce_max_epi32(largest) as u32);
-                let (scale, inverse) = scale_of(largest);
-                let inverse = _mm512_set1_ps(inverse);
-                let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-                let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-                let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-                let run_scale = RunScale { scale, sum: scale * sum as f32, integer_sum: sum };
-                let codes = match TILED {
-                    true => to.put_in_tile(row, block, run_scale),
-                    false => to.put(first + run, run_scale),
-                };
-                let codes = codes.cast::<__m128i>();
-                for (i, v) in [a, b].into_iter().enumerate() {
-                    // The low byte counts as signed, so the high one is that of v + 128.
-                    let high = _mm512_srai_epi32::<8>(_mm512_add_epi32(v, _mm512_set1_epi32(128)));
-                    _mm_store_si128(codes.add(i), _mm512_cvtepi32_epi8(high));
-                    _mm_store_si128(codes.add(2 + i), _mm512_cvtepi32_epi8(v));
+        let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        for (row, block, x) in to.spans(x, first) {
+            let mut largest = [_mm512_setzero_si512(); 2];
+            for x in x.chunks_exact(BLOCK) {
+                for (i, largest) in largest.iter_mut().enumerate() {
+                    // SAFETY: a run is 32 values.
+                    let bits = unsafe { _mm512_loadu_si512(x.as_ptr().add(16 * i).cast()) };
+                    *largest = _mm512_max_epi32(*largest, _mm512_and_si512(bits, magnitude));
                 }
             }
-            block += 1;
-            if block == to.blocks {
-                (row, block) = (row + 1, 0);
+            let largest = _mm512_reduce_max_epi32(_mm512_max_epi32(largest[0], largest[1]));
+            let (scale, inverse) = scale_of(f32::from_bits(largest as u32));
+            let inverse = _mm512_set1_ps(inverse);
+            for (run, x) in x.chunks_exact(BLOCK).enumerate() {
+                // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
+                unsafe {
+                    let integers = |i: usize| {
+                        _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(16 * i)), inverse))
+                    };
+                    let v = _mm512_permutexvar_epi64(in_order, _mm512_packs_epi32(integers(0), integers(1)));
+                    // The low byte counts as signed, so the high one is that of v + 128.
+                    let high = _mm512_srai_epi16::<8>(_mm512_add_epi16(v, _mm512_set1_epi16(128)));
+                    let high = _mm512_cvtepi16_epi8(high);
+                    let low = _mm256_max_epi8(_mm512_cvtepi16_epi8(v), _mm256_set1_epi8(-127));
+                    let sums =
+                        |bytes| _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
+                    let sums = _mm256_hadd_epi32(sums(high), sums(low));
+                    let sums =
+                        _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+                    let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b11_11_01_01>(sums));
+                    let sums = [_mm_cvtsi128_si32(sums), _mm_extract_epi32::<2>(sums)];
+                    let integer_sum = 256 * sums[0] + sums[1];
+                    let (block, sum) = (block + run, scale * integer_sum as f32);
+                    let (high_to, low_to) = if TILED {
+                        to.put_in_tile(row, block, scale, sum);
+                        let pair = row / TILE_ROWS * to.blocks.div_ceil(2) + block / 2;
+                        let codes = to.codes.at(2 * TILE_ROWS * pair + row % TILE_ROWS);
+                        let high = codes.cast::<__m256i>().add(block % 2);
+                        (high, codes.add(TILE_ROWS).cast::<__m256i>().add(block % 2))
+                    } else {
+                        let [upper, centre] = [1 << 16, -8].map(|by| sums.map(|sum| by * sum));
+                        let codes = to.put(row, block, RunScale { scale, sum, integer_sum, upper, centre });
+                        (codes.cast(), codes.cast::<__m256i>().add(1))
+                    };
+                    _mm256_store_si256(high_to, high);
+                    _mm256_store_si256(low_to, low);
+                }
             }
         }
     }
@@ -389,15 +465,25 @@ mod tests {
             .collect();
         let mut reference = Activations::default();
         reference.quantise(&Pool::with_isa(1, Isa::Portable), &x, blocks * BLOCK);
-        let integers = |a: &Activations, place: usize, isa| -> Vec<i32> {
+        let integers = |a: &Activations, run: usize, isa| -> Vec<i32> {
+            let (row, block) = (run / blocks, run % blocks);
+            let (tile, in_tile) = (row / TILE_ROWS, row % TILE_ROWS);
+            let place = match isa {
+                Isa::Amx => (tile * blocks.div_ceil(2) + block / 2) * 2 * TILE_ROWS + in_tile,
+                Isa::Avx2 => (tile * blocks + block) * TILE_ROWS + in_tile,
+                _ => run,
+            };
             let b = &a.codes[place].0;
             let wide = |i: usize| i32::from(i16::from_le_bytes([b[2 * i], b[2 * i + 1]]));
+            let bytes = |high: u8, low: u8| 256 * i32::from(high as i8) + i32::from(low as i8);
             (0..BLOCK)
                 .map(|i| match isa {
                     Isa::Portable => wide(i),
                     Isa::Avx2 => wide(i / 4 * 4 + [0, 2, 1, 3][i % 4]),
-                    Isa::Neon | Isa::Avx512 | Isa::Amx => {
-                        256 * i32::from(b[i] as i8) + i32::from(b[32 + i] as i8)
+                    Isa::Neon | Isa::Avx512 => bytes(b[i], b[32 + i]),
+                    Isa::Amx => {
+                        let at = block % 2 * BLOCK + i;
+                        bytes(b[at], a.codes[place + TILE_ROWS].0[at])
                     }
                 })
                 .collect()
@@ -407,22 +493,33 @@ mod tests {
             other.quantise(&Pool::with_isa(2, isa), &x, blocks * BLOCK);
             assert_eq!(other.tiled, matches!(isa, Isa::Amx | Isa::Avx2));
             for run in 0..rows * blocks {
-                let a = reference.scales[run];
-                let mut place = run;
-                if other.tiled {
-                    let (row, block) = (run / blocks, run % blocks);
-                    let (tile, row) = (row / TILE_ROWS * blocks + block, row % TILE_ROWS);
-                    place = tile * TILE_ROWS + row;
-                    let b = other.tiles[tile];
-                    assert_eq!((a.scale, a.sum), (b.scale[row], b.sum[row]), "{isa}, run {run}");
+                let (row, block) = (run / blocks, run % blocks);
+                let got = integers(&other, run, isa);
+                let sum: i32 = got.iter().sum();
+                let scale = if other.tiled {
+                    let tile = other.tiles[row / TILE_ROWS * blocks + block];
+                    assert_eq!(tile.sum[row % TILE_ROWS], tile.scale[row % TILE_ROWS] * sum as f32);
+                    tile.scale[row % TILE_ROWS]
                 } else {
-                    let b = other.scales[run];
-                    assert_eq!((a.scale, a.sum, a.integer_sum), (b.scale, b.sum, b.integer_sum));
-                }
-                let (got, want) = (integers(&other, place, isa), integers(&reference, run, Isa::Portable));
-                assert_eq!(got, want, "{isa}, run {run}");
-                for (v, x) in got.iter().zip(&x[run * BLOCK..]) {
-                    assert!((*v as f32 * a.scale - x).abs() <= 0.502 * a.scale, "{v} for {x}");
+                    let scale = other.scales[run];
+                    assert_eq!((scale.sum, scale.integer_sum), (scale.scale * sum as f32, sum));
+                    scale.scale
+                };
+                // With AMX the largest of a span is that of the row; low bytes of -128 are avoided there and on AVX-512.
+                let (widest, off) = match isa {
+                    Isa::Amx => (row * blocks..(row + 1) * blocks, 1),
+                    Isa::Avx512 => (run..run + 1, 1),
+                    _ => (run..run + 1, 0),
+                };
+                let want = reference.scales[widest].iter().map(|run| run.scale).fold(0.0, f32::max);
+                assert_eq!(scale, want, "{isa}, run {run}");
+                for (i, (v, x)) in got.iter().zip(&x[run * BLOCK..]).enumerate() {
+                    let limit = (0.502 + off as f32) * scale;
+                    assert!((*v as f32 * scale - x).abs() <= limit, "{isa}: {v} for {x}");
+                    if isa != Isa::Amx {
+                        let want = integers(&reference, run, Isa::Portable)[i];
+                        assert!((v - want).abs() <= off, "{isa}, run {run}: {v}, not {want}");
+                    }
                 }
             }
         }
@@ -431,11 +528,12 @@ mod tests {
     #[test]
     fn a_nan_spoils_its_run() {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
-            let mut x = vec![1.0; 2 * BLOCK];
+            // Two spans at least.
+            let mut x = vec![1.0; 2 * SPAN * BLOCK];
             x[5] = f32::NAN;
             let mut a = Activations::default();
-            a.quantise(&Pool::with_isa(1, isa), &x, 2 * BLOCK);
-            assert!(a.scales[0].scale.is_nan() && !a.scales[1].scale.is_nan(), "{isa}");
+            a.quantise(&Pool::with_isa(1, isa), &x, x.len());
+            assert!(a.scales[0].scale.is_nan() && !a.scales[SPAN].scale.is_nan(), "{isa}");
         }
     }
 }

@@ -53,12 +53,6 @@ pub(super) struct Problem<'a, E> {
     q: &'a [f32],
 }
 
-/// Where outputs go.
-struct Out<'a> {
-    values: Shared<f32>,
-    quantised: Option<&'a Quantiser<'a>>,
-}
-
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
     static PARTIAL: RefCell<Vec<f32>> = RefCell::default();
@@ -101,21 +95,38 @@ pub fn attention<E: Element>(
     let most = units.iter().map(cost).sum::<usize>() / (4 * pool.threads());
     let is_long = |unit: &Unit| pool.threads() > 1 && unit.chunks.len() > 1 && cost(unit) > most;
     let (long, units): (Vec<_>, Vec<_>) = units.into_iter().partition(is_long);
-    let out = Out { values: Shared(out.as_mut_ptr()), quantised };
+    let out = Shared(out.as_mut_ptr());
+    // Rows whose heads are all there.
+    let quantise = |rows: Range<usize>| {
+        if let Some(quantised) = quantised {
+            let values = rows.start * width..rows.end * width;
+            // SAFETY: they are within `out`, and nobody else has to do with these rows any more.
+            unsafe {
+                quantised.put(values.start, std::slice::from_raw_parts(out.at(values.start), values.len()))
+            }
+        }
+    };
     if !long.is_empty() {
-        by_chunks(pool, &problem, &long, &out);
+        by_chunks(pool, &problem, &long, out);
+        long.iter().step_by(shape.heads).for_each(|unit| quantise(unit.rows.clone()));
     }
     if !units.is_empty() {
         // A thread's costliest units are usually the last, so they are begun first. Heads of the same rows stay on one thread
         // where there are enough for all, and each asks for the next one's memory.
-        let runs =
-            if units.len() < 8 * pool.threads() { units.len() } else { units.len().div_ceil(shape.heads) };
+        let together = if units.len() < 8 * pool.threads() { 1 } else { shape.heads };
+        let runs = units.len() / together;
         pool.run(runs, |run| {
             let mine = &units[share(units.len(), runs, pool.backwards(runs, run))];
             for (index, unit) in mine.iter().enumerate() {
-                by_unit(pool, &problem, unit, mine.get(index + 1), &out);
+                by_unit(pool, &problem, unit, mine.get(index + 1), out);
+            }
+            if together == shape.heads {
+                quantise(mine[0].rows.clone());
             }
         });
+        if together != shape.heads {
+            pool.run(units.len() / shape.heads, |tile| quantise(units[tile * shape.heads].rows.clone()));
+        }
     }
 }
 
@@ -166,7 +177,7 @@ fn by_unit<E: Element>(
     problem: &Problem<'_, E>,
     unit: &Unit,
     next: Option<&Unit>,
-    out: &Out<'_>,
+    out: Shared<f32>,
 ) {
     SCRATCH.with_borrow_mut(|scratch| {
         scratch.begin(problem, unit);
@@ -180,7 +191,7 @@ fn by_unit<E: Element>(
 }
 
 /// Chunks spread over the threads, their results joined afterwards, in the order in which one thread would have.
-fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], out: &Out<'_>) {
+fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], out: Shared<f32>) {
     let state = problem.shape.value_dim() + 2;
     let tasks: Vec<(&Unit, usize)> =
         units.iter().flat_map(|unit| unit.chunks.clone().map(move |chunk| (unit, chunk))).collect();
@@ -224,18 +235,14 @@ fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], 
 }
 
 /// Writes a query's output: its weighted sum over the sum of its weights.
-fn finish<E>(problem: &Problem<'_, E>, unit: &Unit, query: usize, state: &[f32], to: &Out<'_>) {
+fn finish<E>(problem: &Problem<'_, E>, unit: &Unit, query: usize, state: &[f32], to: Shared<f32>) {
     let dim = problem.shape.head_dim;
     let place = problem.place(unit, query);
     // SAFETY: the output of a query belongs to one unit, and a unit to one task; `place` is within `out`.
-    let out = unsafe { std::slice::from_raw_parts_mut(to.values.at(place), dim) };
+    let out = unsafe { std::slice::from_raw_parts_mut(to.at(place), dim) };
     let factor = 1.0 / state[1];
     for (out, value) in out.iter_mut().zip(&state[2..]) {
         *out = value * factor;
-    }
-    if let Some(quantised) = to.quantised {
-        // SAFETY: as above.
-        unsafe { quantised.put(place, out) }
     }
 }
 

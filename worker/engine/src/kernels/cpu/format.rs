@@ -1,10 +1,12 @@
 //! How weights are stored in GGUF files, block by block, and how they are stored here.
 //!
 //! The integer kernels know one shape: a weight is `scale * code + offset`, with an unsigned code of 4, 5, 6 or 8 bits,
-//! and scales for runs of 32 or 16 consecutive inputs. Every block format of GGUF fits it exactly: no value changes.
+//! and scales for runs of 32 or 16 consecutive inputs. Every block format of GGUF fits it exactly: no value changes, but where
+//! [`fix`] says so.
 
 use half::f16;
 
+use super::activations::SPAN;
 use crate::weights::DType;
 
 /// Inputs that share a scale in the simple formats; also the inputs of one step of a kernel.
@@ -76,6 +78,43 @@ impl Layout {
         let start = block / SUPER * (head + SUPER * 32);
         (start, start + head + block % SUPER * 32)
     }
+}
+
+/// A row's scale and offset of up to [`SPAN`] blocks as integers: how many *units* they are. So sums of their products are
+/// integers, too, and need be scaled once for all of these blocks, as the kernel on AMX does with 4-bit codes.
+pub(in crate::kernels) struct Fixed {
+    /// The unit's exponent as f32 has it, 127 more than that of two: 0 if all weights are zero, 255 if one is no number.
+    pub exponent: u8,
+    /// Scale and offset of each block.
+    pub blocks: [[i16; 2]; SPAN],
+}
+
+/// The largest weight in units: with half a unit of rounding for an offset, and for each step of a code, still a 16-bit integer.
+const LARGEST: f32 = 32_512.0;
+
+/// Chooses the unit: the least power of two with which all weights, whose codes have `bits` bits, are 16-bit integers. An f16 has
+/// 11 bits, so scales and offsets near the largest stay what they are (those of 99 in 100 blocks of a model in Q4_1); others
+/// are rounded to the nearest unit, 1/32,512 or less of the largest weight.
+pub(in crate::kernels) fn fix(bits: u32, blocks: &[[f16; 2]]) -> Fixed {
+    let top = ((1 << bits) - 1) as f32;
+    let ends = blocks.iter().flat_map(|[scale, offset]| {
+        let (scale, offset) = (scale.to_f32(), offset.to_f32());
+        [offset.abs(), (offset + top * scale).abs()]
+    });
+    // A NaN must not get lost, as it would in `max`.
+    let largest = ends.fold(0.0f32, |largest, end| if end > largest || end.is_nan() { end } else { largest });
+    let mut fixed = Fixed { exponent: 0, blocks: [[0; 2]; SPAN] };
+    if !largest.is_finite() {
+        fixed.exponent = u8::MAX;
+    } else if largest > 0.0 {
+        let unit = (largest / LARGEST).log2().ceil();
+        fixed.exponent = (unit + 127.0) as u8;
+        let inverse = (-unit).exp2();
+        for (fixed, block) in fixed.blocks.iter_mut().zip(blocks) {
+            *fixed = block.map(|value| (value.to_f32() * inverse).round_ties_even() as i16);
+        }
+    }
+    fixed
 }
 
 /// The codes of 32 consecutive weights of a row and their scales, read from a file's block.
@@ -175,5 +214,36 @@ impl Decoded {
                 Scales::Halves => wide[0] * f64::from(self.narrow[i / 16] as i8) * code,
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_keep_what_an_f16_says_near_the_largest() {
+        let half = f16::from_f32;
+        let blocks = [[half(0.0123), half(-0.0987)], [half(0.0071), half(-0.0457)], [half(0.0), half(0.0)]];
+        let fixed = fix(4, &blocks);
+        let unit = f32::from_bits(u32::from(fixed.exponent) << 23);
+        for (fixed, block) in fixed.blocks.iter().zip(blocks) {
+            assert_eq!(fixed.map(|value| f32::from(value) * unit), block.map(f16::to_f32));
+        }
+        let ends = |[scale, offset]: [i16; 2]| [i32::from(offset), i32::from(offset) + 15 * i32::from(scale)];
+        let largest = fixed.blocks.into_iter().flat_map(ends).map(i32::abs).max();
+        assert!((16_257..=32_528).contains(&largest.unwrap()), "{largest:?}");
+        // What is far smaller is rounded to whole units.
+        let fixed = fix(4, &[[half(1.0), half(0.0)], [half(1.7e-4), half(0.0)]]);
+        assert_eq!((fixed.exponent, fixed.blocks[1]), (127 - 11, [0, 0]));
+    }
+
+    #[test]
+    fn weights_that_are_zero_or_no_numbers_stay_that() {
+        assert_eq!(fix(4, &[[f16::ZERO; 2]]).exponent, 0);
+        for bad in [f16::NAN, f16::INFINITY] {
+            assert_eq!(fix(4, &[[f16::ONE, f16::ZERO], [bad, f16::ZERO]]).exponent, u8::MAX);
+            assert_eq!(fix(4, &[[f16::ONE, bad]]).exponent, u8::MAX);
+        }
     }
 }

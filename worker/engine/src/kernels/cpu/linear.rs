@@ -72,18 +72,6 @@ impl Problem<'_> {
         Group { codes, scales, layout, fetch: first == self.rows.start }
     }
 
-    /// Asks for the line that [`Problem::put`] will write: the processor fetches it first even if it is written whole, and a
-    /// kernel so fast that it has nothing else to do meanwhile would wait.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    #[inline(always)]
-    fn announce(&self, row: usize, group: usize) {
-        let last = row * self.w.rows() + group * LANES + LANES - 1;
-        // SAFETY: asking for memory that is not there does nothing.
-        unsafe {
-            std::arch::asm!("prefetchw [{}]", in(reg) self.y.at(last), options(nostack, preserves_flags))
-        }
-    }
-
     /// Stores the outputs of a group for a row of activations.
     #[inline(always)]
     fn put(&self, row: usize, group: usize, values: &[f32; LANES]) {
@@ -101,6 +89,15 @@ impl Problem<'_> {
             }
         }
     }
+}
+
+/// Asks for the line of an output that will be written: the processor fetches it first even if it is written whole, and a
+/// kernel so fast that it has nothing else to do meanwhile would wait.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[inline(always)]
+fn announce(output: *const f32) {
+    // SAFETY: asking for memory that is not there does nothing.
+    unsafe { std::arch::asm!("prefetchw [{}]", in(reg) output, options(nostack, preserves_flags)) }
 }
 
 /// Has `tile(group, first, out)` compute the outputs of each group for each few rows, from `first` on, and stores them.
@@ -157,7 +154,7 @@ pub fn linear_many(
         .map(|(w, y)| Job {
             w,
             y: Shared(y.as_mut_ptr()),
-            kernel: layout(w.dtype()).map(|l| kernel(pool.isa(), l)),
+            kernel: layout(w.dtype()).map(|l| kernel(pool.isa(), l, w.is_fixed())),
         })
         .collect();
     let wanted = jobs.iter().any(|job| job.kernel.is_some());
@@ -246,7 +243,7 @@ fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, rows: Range<usize>, grou
     }
 }
 
-fn kernel(isa: Isa, layout: Layout) -> Kernel {
+fn kernel(isa: Isa, layout: Layout, is_fixed: bool) -> Kernel {
     match isa {
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => instances::kernel::<neon::Neon>(layout),
@@ -255,8 +252,13 @@ fn kernel(isa: Isa, layout: Layout) -> Kernel {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => instances::kernel::<avx512::Avx512>(layout),
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        Isa::Amx if is_fixed => amx::fixed::run,
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         Isa::Amx => instances::kernel::<amx::Amx>(layout),
-        _ => portable::run,
+        isa => {
+            assert!(!is_fixed, "weights for AMX on {isa}");
+            portable::run
+        }
     }
 }
 

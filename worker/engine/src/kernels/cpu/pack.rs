@@ -8,9 +8,14 @@
 //!   `v + 4` in its high ones. Then, for 5 bits, one vector with the fifth bit of quad `q` in bit `q` of its bytes; for 6,
 //!   two vectors, with the two high bits of quads `4 h .. 4 h + 4` in bits `2 (q % 4)` of vector `h`.
 //!
+//! Where weights are multiples of units, see [`Packed::is_fixed`], scales are pairs of integers, a row's scale below its offset,
+//! those of a block in a vector of 64 bytes; then come the exponents of the units, 16 bytes for each [`SPAN`] blocks.
+//!
 //! Float formats keep each input's 16 rows together. The last group is filled up with zero rows.
 
-use super::format::{BLOCK, Layout, SUPER, Scales, decode, float, layout};
+use super::activations::SPAN;
+use super::format::{BLOCK, Layout, SUPER, Scales, decode, fix, float, layout};
+use super::isa::Isa;
 use super::memory::Piece;
 use super::pool::Pool;
 use crate::weights::DType;
@@ -24,6 +29,7 @@ pub struct Packed {
     rows: usize,
     cols: usize,
     group_bytes: usize,
+    is_fixed: bool,
     data: Piece,
 }
 
@@ -68,8 +74,12 @@ impl Packed {
         if bytes.len() != expected {
             return Err(PackError::Length { expected, got: bytes.len() });
         }
+        let blocks = cols / BLOCK;
+        let is_fixed = pool.isa() == Isa::Amx
+            && layout(dtype).is_some_and(|l| (l.bits, l.scales) == (4, Scales::Offset));
+        let units = if is_fixed { exponents(blocks, blocks.next_multiple_of(SPAN)) } else { 0 };
         let group_bytes = match layout(dtype) {
-            Some(layout) => cols / BLOCK * layout.code_bytes() + layout.scale_bytes(cols / BLOCK),
+            Some(layout) => blocks * layout.code_bytes() + layout.scale_bytes(blocks).max(units),
             None => LANES * row_bytes,
         }
         .next_multiple_of(64);
@@ -84,14 +94,14 @@ impl Packed {
                     for lane in 0..LANES.min(rows - group * LANES) {
                         let row = &bytes[(group * LANES + lane) * row_bytes..][..row_bytes];
                         match layout(dtype) {
-                            Some(layout) => pack_blocks(dtype, layout, row, cols / BLOCK, lane, out),
+                            Some(layout) => pack_blocks(dtype, layout, is_fixed, row, blocks, lane, out),
                             None => pack_floats(dtype.block_bytes(), row, lane, out),
                         }
                     }
                 }
             });
         });
-        Ok(Packed { dtype, rows, cols, group_bytes, data })
+        Ok(Packed { dtype, rows, cols, group_bytes, is_fixed, data })
     }
 
     /// Outputs.
@@ -107,6 +117,11 @@ impl Packed {
     /// The format it came in.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Whether weights are multiples of units, see [`fix`]: those with codes of 4 bits and an offset are for AMX.
+    pub(super) fn is_fixed(&self) -> bool {
+        self.is_fixed
     }
 
     /// Memory it takes.
@@ -144,8 +159,22 @@ fn pack_floats(size: usize, row: &[u8], lane: usize, out: &mut [u8]) {
     }
 }
 
-fn pack_blocks(dtype: DType, layout: Layout, row: &[u8], blocks: usize, lane: usize, out: &mut [u8]) {
+/// Where the exponents of the unit of `block` are, of `blocks`, among the scales of a group.
+pub(super) const fn exponents(blocks: usize, block: usize) -> usize {
+    64 * blocks + 16 * (block / SPAN)
+}
+
+fn pack_blocks(
+    dtype: DType,
+    layout: Layout,
+    is_fixed: bool,
+    row: &[u8],
+    blocks: usize,
+    lane: usize,
+    out: &mut [u8],
+) {
     let (codes, scales) = out.split_at_mut(blocks * layout.code_bytes());
+    let mut unit = [[half::f16::ZERO; 2]; SPAN];
     for (block, codes) in codes.chunks_exact_mut(layout.code_bytes()).enumerate() {
         let decoded = decode(dtype, row, block);
         for (i, &code) in decoded.codes.iter().enumerate() {
@@ -156,9 +185,21 @@ fn pack_blocks(dtype: DType, layout: Layout, row: &[u8], blocks: usize, lane: us
         };
         match layout.scales {
             Scales::Plain => wide(block * 32, decoded.wide[0]),
-            Scales::Offset => {
+            Scales::Offset if !is_fixed => {
                 wide(block * 64, decoded.wide[0]);
                 wide(block * 64 + 32, decoded.wide[1]);
+            }
+            Scales::Offset => {
+                unit[block % SPAN] = decoded.wide.map(half::f16::from_bits);
+                if block % SPAN == SPAN - 1 || block + 1 == blocks {
+                    let first = block - block % SPAN;
+                    let fixed = fix(layout.bits, &unit[..=block % SPAN]);
+                    for (block, pair) in (first..=block).zip(fixed.blocks) {
+                        let to = &mut scales[block * 64 + 4 * lane..][..4];
+                        to.copy_from_slice(pair.map(i16::to_le_bytes).as_flattened());
+                    }
+                    scales[exponents(blocks, block) + lane] = fixed.exponent;
+                }
             }
             Scales::Nested | Scales::Halves => {
                 let (head, own) = layout.nested(block);
@@ -210,7 +251,7 @@ pub(super) struct BlockScales {
     pub offset: [f32; LANES],
 }
 
-/// Reads the scales of `block` from a group's scales.
+/// Reads the scales of `block` from a group's scales, which are not fixed.
 pub(super) fn block_scales(layout: Layout, scales: &[u8], block: usize) -> BlockScales {
     let wide = |at: usize, lane: usize| {
         half::f16::from_le_bytes([scales[at + 2 * lane], scales[at + 2 * lane + 1]]).to_f32()
@@ -235,6 +276,18 @@ pub(super) fn block_scales(layout: Layout, scales: &[u8], block: usize) -> Block
     }
 }
 
+/// The same where they are multiples of units.
+fn fixed_scales(scales: &[u8], blocks: usize, block: usize) -> BlockScales {
+    let all = |at: usize| -> [f32; LANES] {
+        std::array::from_fn(|lane| {
+            let unit = f32::from_bits(u32::from(scales[exponents(blocks, block) + lane]) << 23);
+            let at = block * 64 + 4 * lane + at;
+            f32::from(i16::from_le_bytes([scales[at], scales[at + 1]])) * unit
+        })
+    };
+    BlockScales { halves: [all(0); 2], offset: all(2) }
+}
+
 /// Codes less bias of a block: `[input][row]`.
 pub(super) fn block_codes(layout: Layout, codes: &[u8]) -> [[i16; LANES]; BLOCK] {
     std::array::from_fn(|i| {
@@ -256,10 +309,14 @@ pub fn embedding_row(weights: &Packed, row: usize, out: &mut [f32]) {
         }
         return;
     };
-    let (codes, scales) = group.split_at(weights.cols / BLOCK * layout.code_bytes());
+    let blocks = weights.cols / BLOCK;
+    let (codes, scales) = group.split_at(blocks * layout.code_bytes());
     for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
         let codes = &codes[block * layout.code_bytes()..][..layout.code_bytes()];
-        let s = block_scales(layout, scales, block);
+        let s = match weights.is_fixed {
+            true => fixed_scales(scales, blocks, block),
+            false => block_scales(layout, scales, block),
+        };
         for (i, value) in out.iter_mut().enumerate() {
             let code = i32::from(get_code(layout.bits, codes, lane, i)) - layout.bias;
             *value = s.halves[i / 16][lane] * code as f32 + s.offset[lane];

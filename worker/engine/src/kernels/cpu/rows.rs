@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::activations::Quantiser;
+use super::activations::{Quantiser, SPAN};
 use super::format::BLOCK;
 use super::lanes::{Lanes, on_isa};
 use super::pack::Shared;
@@ -11,9 +11,9 @@ use crate::weights::{Activation, RopeStyle};
 
 /// Values that are worth another thread.
 const WORTH: usize = 4096;
-/// Values that stay in the first-level cache between two passes over them: whole runs.
+/// Values that stay in the first-level cache between two passes over them: whole spans.
 const PART: usize = 1024;
-const _: () = assert!(PART.is_multiple_of(BLOCK));
+const _: () = assert!(PART.is_multiple_of(SPAN * BLOCK));
 
 /// Adds `y` to the residual stream `x`, then norms it: `x += y; out = rms_norm(x)`, and quantises it, too, if it is told where to.
 ///
@@ -88,17 +88,18 @@ pub fn gated(
 ) {
     assert_eq!(gate.len(), up.len());
     assert_eq!(gate.len(), out.len());
-    // Whole runs where they are quantised.
-    let unit = if quantised.is_some() { BLOCK } else { 1 };
-    by_rows(pool, unit, out, |from, out| {
-        for (part, out) in out.chunks_mut(PART).enumerate() {
-            let from = from + part * PART;
+    // Whole rows where they are quantised.
+    let unit = quantised.map_or(1, Quantiser::cols);
+    by_rows(pool, unit, out, |mut from, out| {
+        let row = if quantised.is_some() { unit } else { out.len().max(1) };
+        for out in out.chunks_mut(row).flat_map(|row| row.chunks_mut(PART)) {
             let (gate, up) = (&gate[from..from + out.len()], &up[from..from + out.len()]);
             match activation {
                 Activation::Silu => silu_times(pool.isa(), gate, up, out),
                 Activation::GeluTanh => gelu_times(pool.isa(), gate, up, out),
             }
             quantise(quantised, from, out);
+            from += out.len();
         }
     });
 }

@@ -15,16 +15,22 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use super::Problem;
+pub(super) mod fixed;
+
 use super::avx512::{Avx512, block_scales, unpack};
 use super::instances::{HALVES, PLAIN, Product, check_layout, layout_of, prefetch};
+use super::{PASS, Problem, announce};
 use crate::kernels::cpu::activations::{Codes, TILE_ROWS, TileScales};
+use crate::kernels::cpu::format::BLOCK;
 use crate::kernels::cpu::pack::LANES;
 
 pub(super) struct Amx;
 
 /// Bytes of a block's codes as bytes, and so of the tile that they are.
 const PANEL: usize = 512;
+
+/// Bytes of 16 rows of a pair of blocks: high bytes, then low ones.
+const PAIR: usize = 2 * TILE_ROWS * size_of::<Codes>();
 
 /// Rows of tiles of sums.
 #[repr(C, align(64))]
@@ -37,6 +43,7 @@ thread_local! {
 
 impl Product for Amx {
     unsafe fn run<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
+        assert!(!problem.w.is_fixed());
         if !problem.x.tiled {
             // SAFETY: the caller's promise: where there is AMX, there is AVX-512.
             return unsafe { Avx512::run::<BITS, SCALES>(problem) };
@@ -44,7 +51,9 @@ impl Product for Amx {
         let x = problem.x;
         let tiles = problem.rows.end.div_ceil(TILE_ROWS);
         assert!(problem.rows.start.is_multiple_of(TILE_ROWS) && problem.rows.end <= x.rows);
-        assert!(x.codes.len() >= tiles * x.blocks * TILE_ROWS && x.tiles.len() >= tiles * x.blocks);
+        assert!(problem.rows.len() <= PASS);
+        let pairs = tiles * x.blocks.div_ceil(2);
+        assert!(size_of_val(&x.codes[..]) >= pairs * PAIR && x.tiles.len() >= tiles * x.blocks);
         check_layout::<BITS, SCALES>(problem);
         if problem.rows.is_empty() || problem.groups.is_empty() || x.blocks == 0 {
             return;
@@ -82,8 +91,11 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
     let (x, rows) = (problem.x, &problem.rows);
     // Halves of blocks have scales of their own in one format.
     let parts = if SCALES == HALVES { 2 } else { 1 };
-    let first_tile = rows.start / TILE_ROWS * x.blocks;
-    let activations = x.codes[first_tile * TILE_ROWS..].as_ptr().cast::<u8>();
+    // Where a tile's are.
+    let activations = |row: usize| {
+        let pair = row / TILE_ROWS * x.blocks.div_ceil(2);
+        x.codes.as_ptr().cast::<u8>().wrapping_add(pair * PAIR)
+    };
     // High and low, of two blocks in turn.
     let mut staged = [const { Rows([[0; LANES]; 2 * TILE_ROWS]) }; 2];
     let staged = staged.each_mut().map(|sums| sums.0.as_mut_ptr().cast::<u8>());
@@ -93,8 +105,8 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
     };
     // SAFETY: the caller's promise: all pointers stay within a panel, a tile's activations and the staged sums.
     unsafe {
-        let _in_use = Configured::new(ROWS as u8, 32 / parts as u8);
-        let mut next = Next { panel: panels[0], activations };
+        let _in_use = Configured::new(ROWS as u8, 32 / parts as u8, 6);
+        let mut next = Next { panel: panels[0], activations: activations(rows.start) };
         let (codes, mut scales) = weights(problem.groups.start);
         for block in 0..x.blocks {
             open::<BITS, SCALES>(codes, block, panels[0]);
@@ -108,7 +120,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
                 let last_tile = first + TILE_ROWS >= rows.end;
                 let tile = x.tiles[first / TILE_ROWS * x.blocks..].as_ptr();
                 for row in (first..rows.end).take(ROWS) {
-                    problem.announce(row, group);
+                    announce(problem.y.at(row * problem.w.rows() + (group + 1) * LANES - 1));
                 }
                 let mut sums = [_mm512_setzero_ps(); TILE_ROWS];
                 for block in 0..x.blocks {
@@ -119,12 +131,11 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
                     }
                     for part in 0..parts {
                         let last = block + 1 == x.blocks && part + 1 == parts;
-                        next.advance(parts, part);
+                        next.advance(parts, part, block);
                         if last {
                             next.panel = panels[(g + usize::from(last_tile)) % 2];
-                            if last_tile {
-                                next.activations = activations;
-                            }
+                            next.activations =
+                                activations(if last_tile { rows.start } else { first + TILE_ROWS });
                         }
                         if last && last_tile && last_group {
                             Next::store(count, staged[count % 2]);
@@ -231,7 +242,7 @@ macro_rules! multiply {
         asm!(
             concat!("tileloadd ", $weights, ", [{weights} + {line} * 1]"),
             "tileloadd tmm4, [{activations} + {line} * 1]",
-            "tileloadd tmm5, [{activations} + {line} * 1 + 32]",
+            "tileloadd tmm5, [{activations} + {line} * 1 + 1024]",
             concat!("tileloadd ", $high, ", [{begin} + {same} * 1]"),
             concat!("tdpbssd ", $high, ", tmm4, ", $weights),
             concat!("tilestored [{staged} + {line} * 1], ", $old_high),
@@ -250,14 +261,14 @@ macro_rules! multiply {
 }
 
 impl Next {
-    /// Goes on from part `part` of a block to what lies behind it.
+    /// Goes on from part `part` of block `block` to what lies behind it.
     #[inline(always)]
-    fn advance(&mut self, parts: usize, part: usize) {
-        let line = size_of::<Codes>();
-        // A half of a block's activations lies in the same cache lines, of its weights behind the other.
-        let activations = match part + 1 == parts {
-            true => TILE_ROWS * line - part * 16,
-            false => 16,
+    fn advance(&mut self, parts: usize, part: usize, block: usize) {
+        // A pair of blocks lies in the same cache lines, and so do the halves of a block.
+        let bytes = BLOCK / parts;
+        let activations = match part + 1 == parts && block % 2 == 1 {
+            true => PAIR - 2 * BLOCK + bytes,
+            false => bytes,
         };
         self.activations = self.activations.wrapping_add(activations);
         self.panel = self.panel.wrapping_add(PANEL / parts);
@@ -316,17 +327,18 @@ struct Configured {
 }
 
 impl Configured {
-    /// For products of `count` rows of activations over `inputs` inputs.
+    /// For products of `count` rows of activations over `inputs` inputs. The tiles from number `weights` on are weights, the two
+    /// before them activations or sums if these are as wide, the others sums.
     ///
     /// # Safety
     /// The instruction set is there.
-    unsafe fn new(count: u8, inputs: u8) -> Configured {
+    unsafe fn new(count: u8, inputs: u8, weights: usize) -> Configured {
         let mut row_bytes = [0; 16];
         let mut rows = [0; 16];
-        // Sums, activations, weights.
-        row_bytes[..8].copy_from_slice(&[64, 64, 64, 64, inputs.into(), inputs.into(), 64, 64]);
-        rows[..6].fill(count);
-        rows[6..8].fill(inputs / 4);
+        row_bytes[..8].fill(64);
+        row_bytes[weights - 2..weights].fill(inputs.into());
+        rows[..weights].fill(count);
+        rows[weights..8].fill(inputs / 4);
         let shapes = Configured { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
         // SAFETY: the caller's promise; 64 bytes, and shapes within a tile's limits.
         unsafe {

@@ -161,7 +161,7 @@ pub(super) unsafe fn unpack<const BITS: u32>(codes: *const u8) -> [__m512i; 8] {
 /// `a | b & mask`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn or_and(a: __m512i, b: __m512i, mask: __m512i) -> __m512i {
+pub(super) fn or_and(a: __m512i, b: __m512i, mask: __m512i) -> __m512i {
     _mm512_ternarylogic_epi32::<0xf8>(a, b, mask)
 }
 
