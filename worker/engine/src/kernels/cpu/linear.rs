@@ -244,6 +244,7 @@ fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, rows: Range<usize>, grou
 }
 
 fn kernel(isa: Isa, layout: Layout, is_fixed: bool) -> Kernel {
+    assert!(!is_fixed || isa == Isa::Amx, "weights packed for AMX on {isa}");
     match isa {
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => instances::kernel::<neon::Neon>(layout),
@@ -255,10 +256,7 @@ fn kernel(isa: Isa, layout: Layout, is_fixed: bool) -> Kernel {
         Isa::Amx if is_fixed => amx::fixed::run,
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         Isa::Amx => instances::kernel::<amx::Amx>(layout),
-        isa => {
-            assert!(!is_fixed, "weights for AMX on {isa}");
-            portable::run
-        }
+        _ => portable::run,
     }
 }
 
