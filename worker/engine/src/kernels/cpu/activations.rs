@@ -43,11 +43,11 @@ pub(super) struct RunScale {
     pub sum: f32,
     /// Sum of `v`.
     pub integer_sum: i32,
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX needs them"))]
     /// On AVX-512 and AMX the sum of `high` and that of `low`, in the upper half of 32 bits.
-    pub upper: [i32; 2],
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX needs them"))]
+    pub upper: [i32; 2],
     /// On these the same sums times -8, which makes codes of 4 bits signed.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX needs them"))]
     pub centre: [i32; 2],
 }
 

@@ -57,6 +57,20 @@ fn reference_weights(format: DType, row: &[u8], cols: usize) -> Vec<f64> {
     }
 }
 
+/// The products of a matrix of so many rows with rows of `x`, in f64.
+fn reference_products(format: DType, bytes: &[u8], rows: usize, x: &[f32], cols: usize) -> Vec<f64> {
+    let weights: Vec<Vec<f64>> =
+        bytes.chunks(bytes.len() / rows).map(|row| reference_weights(format, row, cols)).collect();
+    let product = |w: &[f64], x: &[f32]| w.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum::<f64>();
+    x.chunks(cols).flat_map(|x| weights.iter().map(move |w| product(w, x))).collect()
+}
+
+/// How far `y` is from `want`, by the size of that.
+fn relative_error(y: &[f32], want: &[f64]) -> f64 {
+    let error: f64 = y.iter().zip(want).map(|(y, want)| (f64::from(*y) - want).powi(2)).sum();
+    (error / want.iter().map(|want| want.powi(2)).sum::<f64>()).sqrt()
+}
+
 fn isas() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.supported())
 }
@@ -69,24 +83,13 @@ fn products_agree_with_f64_in_every_format_on_every_instruction_set() {
         let (rows, cols, n) = (41, 512, 6);
         let bytes = weights(format, rows, cols, &mut random);
         let x = random.activations(n * cols);
-        let mut want = Vec::new();
-        for x in x.chunks(cols) {
-            for row in bytes.chunks(bytes.len() / rows) {
-                let w = reference_weights(format, row, cols);
-                want.push(w.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum::<f64>());
-            }
-        }
+        let want = reference_products(format, &bytes, rows, &x, cols);
         for isa in isas() {
             let pool = Pool::with_isa(2, isa);
             let w = Packed::pack(format, rows, cols, &bytes, &pool).unwrap();
             let mut y = vec![f32::NAN; n * rows];
             linear(&pool, &x, &w, &mut y);
-            let (mut error, mut size) = (0.0, 0.0);
-            for (y, want) in y.iter().zip(&want) {
-                error += (f64::from(*y) - want).powi(2);
-                size += want.powi(2);
-            }
-            let relative = (error / size).sqrt();
+            let relative = relative_error(&y, &want);
             let limit = match format {
                 DType::F32 | DType::F16 | DType::BF16 => 1e-6,
                 // Outliers are felt by more inputs there.
@@ -195,16 +198,8 @@ fn rows_whose_last_unit_is_short_agree_with_f64_and_whatever_their_number() {
                 linear(&pool, x, &w, y);
             }
             assert_eq!(together, alone, "{isa}, {cols} columns");
-            let (mut error, mut size) = (0.0, 0.0);
-            for (x, y) in x.chunks(cols).zip(together.chunks(rows)) {
-                for (row, y) in bytes.chunks(bytes.len() / rows).zip(y) {
-                    let w = reference_weights(DType::Q4_1, row, cols);
-                    let want: f64 = w.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum();
-                    error += (f64::from(*y) - want).powi(2);
-                    size += want.powi(2);
-                }
-            }
-            let relative = (error / size).sqrt();
+            let want = reference_products(DType::Q4_1, &bytes, rows, &x, cols);
+            let relative = relative_error(&together, &want);
             assert!(relative < 2e-4, "{isa}, {cols} columns: relative error {relative:e}");
         }
     }
