@@ -85,10 +85,21 @@ impl Problem<'_> {
                 // Of known length: a store, not a call.
                 to.cast::<[f32; LANES]>().write_unaligned(*values);
             } else {
-                std::ptr::copy_nonoverlapping(values.as_ptr(), to, width - first);
+                put_some(&values[..width - first], to);
             }
         }
     }
+}
+
+/// Stores the outputs of a last group that is not full. Apart, or compilers make one call of it and of the store of all.
+///
+/// # Safety
+/// There is room for the values.
+#[cold]
+#[inline(never)]
+unsafe fn put_some(values: &[f32], to: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len()) }
 }
 
 /// Asks for the line of an output that will be written: the processor fetches it first even if it is written whole, and a

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Product, Tile, check_layout, layout_of, prefetch};
 use super::{Group, PASS, Problem, TILE};
 use crate::kernels::cpu::activations::x86::sum;
-use crate::kernels::cpu::activations::{Activations, TILE_ROWS};
+use crate::kernels::cpu::activations::{Activations, RAISED, TILE_ROWS};
 use crate::kernels::cpu::pack::LANES;
 
 /// Pairs of a block's inputs.
@@ -39,11 +39,25 @@ impl Product for Avx2 {
 }
 
 /// A block of 16 rows of weights, ready to be multiplied.
+#[derive(Clone, Copy)]
 struct Block {
-    /// Codes less their bias, `[pair][side]`, pairs as [`Codes`](crate::kernels::cpu::activations::Codes) has them.
+    /// Codes, `[pair][side]`, pairs as [`Codes`](crate::kernels::cpu::activations::Codes) has them; where dot products are not
+    /// [`is_float`], less their bias.
     codes: [[__m256i; SIDES]; PAIRS],
-    /// See [`block_scales`], `[side]`.
-    scales: [[__m256; 2]; SIDES],
+    /// What [`RAISED`] adds to dot products, `[part][side]`.
+    raised: [[__m256i; SIDES]; 2],
+    /// What a dot product times a run's scale is multiplied by, `[part][side]`.
+    scales: [[__m256; SIDES]; 2],
+}
+
+/// Whether dot products, which are integers, are added up as floats, see [`dots`].
+const fn is_float(bits: u32) -> bool {
+    bits == 4
+}
+
+/// Whether there is something that a run's sum is multiplied by.
+const fn has_offset(bits: u32, scales: u8) -> bool {
+    is_float(bits) || matches!(scales, OFFSET | NESTED)
 }
 
 /// See [`Product::run`], with activations in tiles.
@@ -56,28 +70,39 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
     let mut sums = [[0.0f32; LANES]; PASS];
     // A few rows beyond the last are computed, too, from what a tile happens to hold there.
     let sums = &mut sums[..rows.len().next_multiple_of(TILE)];
-    let at = |first: usize, block: usize| (first / TILE_ROWS * x.blocks + block, first % TILE_ROWS);
+    let mut offsets = vec![[_mm256_setzero_ps(); SIDES]; x.blocks];
+    // SAFETY: any bits are a vector.
+    let mut weights: Block = unsafe { std::mem::zeroed() };
+    let (first, tiles) = (rows.start / TILE_ROWS, rows.len().div_ceil(TILE_ROWS));
     for index in problem.groups.clone() {
         let group = problem.group(index, rows.start);
         sums.as_flattened_mut().fill(0.0);
         for block in 0..x.blocks {
             // SAFETY: the caller's promise; a group has as many blocks as the activations.
-            let weights = unsafe { open::<BITS, SCALES>(&group, block) };
+            unsafe { open::<BITS, SCALES>(&group, block, &mut weights, &mut offsets[block]) };
+            for (tile, sums) in sums.chunks_mut(TILE_ROWS).enumerate() {
+                // What comes next is asked for.
+                let ahead = if tile + 1 < tiles { x.tile(first + tile + 1, block) } else { x.tile(first, block + 1) };
+                let ahead = x.codes.as_ptr().wrapping_add(ahead * TILE_ROWS);
+                let at = x.tile(first + tile, block);
+                let scales = &x.tiles[at].scale;
+                for (few, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
+                    let few = few * TILE;
+                    for row in few..few + TILE {
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(row).cast());
+                    }
+                    // SAFETY: the caller's promise; whole tiles of 16 rows are there, and so are four of them.
+                    unsafe {
+                        let values = x.codes.as_ptr().add(at * TILE_ROWS + few).cast();
+                        add::<BITS, SCALES>(&weights, values, scales.as_ptr().add(few).cast(), sums);
+                    }
+                }
+            }
+        }
+        if const { has_offset(BITS, SCALES) } {
             for (first, sums) in (rows.start..).step_by(TILE).zip(sums.as_chunks_mut().0) {
-                let (tile, row) = at(first, block);
-                // What comes next is asked for: it lies elsewhere if it is another tile's.
-                let (next, next_row) = at(first + TILE, block);
-                let next = x.codes.as_ptr().wrapping_add(next * TILE_ROWS + next_row);
-                for row in 0..TILE {
-                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(row).cast());
-                }
-                let scales = &x.tiles[tile];
-                // SAFETY: the caller's promise; whole tiles of 16 rows are there, and so are four of them.
-                unsafe {
-                    let values = x.codes.as_ptr().add(tile * TILE_ROWS + row).cast();
-                    let (scale, sum) = (scales.scale.as_ptr().add(row), scales.sum.as_ptr().add(row));
-                    add::<SCALES>(&weights, values, scale.cast(), sum.cast(), sums);
-                }
+                // SAFETY: whole tiles are there.
+                unsafe { add_offsets::<BITS>(x, first, &offsets, sums) }
             }
         }
         for (row, values) in rows.clone().zip(sums.iter()) {
@@ -86,169 +111,209 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
     }
 }
 
-/// Adds the products of a block with [`TILE`] rows of activations, pairs of integers with their scales and sums.
+/// Adds what the weights' offsets make of the sums of [`TILE`] rows from `first` on.
 ///
 /// # Safety
-/// [`PAIRS`] pairs for each row at `values`, and what they mean at `scales` and `run_sums`.
+/// Tiles with these rows are there, and as many offsets as the activations have blocks.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn add<const SCALES: u8>(
+unsafe fn add_offsets<const BITS: u32>(
+    x: &Activations,
+    first: usize,
+    offsets: &[[__m256; SIDES]],
+    sums: &mut [[f32; LANES]; TILE],
+) {
+    let mut all = [[_mm256_setzero_ps(); SIDES]; TILE];
+    for (block, offsets) in offsets.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        let run_sums = unsafe { x.tiles.as_ptr().add(x.tile(first / TILE_ROWS, block)).cast::<f32>().add(TILE_ROWS + first % TILE_ROWS) };
+        for row in 0..TILE {
+            // SAFETY: the caller's promise.
+            let sum = _mm256_set1_ps(unsafe { run_sums.add(row).read() });
+            for side in 0..SIDES {
+                all[row][side] = _mm256_fmadd_ps(offsets[side], sum, all[row][side]);
+            }
+        }
+    }
+    let up = _mm256_set1_ps(if is_float(BITS) { const { 1.0 / DOWN } } else { 1.0 });
+    for row in 0..TILE {
+        for side in 0..SIDES {
+            let at = sums[row][8 * side..].as_mut_ptr();
+            // SAFETY: 8 floats.
+            unsafe { _mm256_storeu_ps(at, _mm256_fmadd_ps(_mm256_loadu_ps(at), up, all[row][side])) }
+        }
+    }
+}
+
+/// Adds the products of a block with [`TILE`] rows of activations, pairs of integers with their scales.
+///
+/// # Safety
+/// [`PAIRS`] pairs for each row at `values`, and what they mean at `scales`.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn add<const BITS: u32, const SCALES: u8>(
     weights: &Block,
     values: *const [i32; PAIRS],
     scales: *const [f32; TILE],
-    run_sums: *const [f32; TILE],
     sums: &mut [[f32; LANES]; TILE],
 ) {
     let parts = if SCALES == HALVES { 2 } else { 1 };
     // SAFETY: the caller's promise.
-    let (scales, run_sums) = unsafe { (&*scales, &*run_sums) };
+    let scales = unsafe { &*scales };
     for part in 0..parts {
-        let pairs = part * PAIRS / parts..(part + 1) * PAIRS / parts;
+        let first = part * PAIRS / parts;
         // SAFETY: the caller's promise.
-        let dots = unsafe { dots(&weights.codes[pairs.clone()], values.cast::<i32>().add(pairs.start)) };
+        let dots = unsafe { dots::<BITS, SCALES>(weights.codes.as_ptr().add(first), values.cast::<i32>().add(first)) };
         // Indexed: iterators over arrays of vectors leave registers.
         for row in 0..TILE {
+            let scale = _mm256_set1_ps(scales[row]);
             for side in 0..SIDES {
                 let at = sums[row][8 * side..].as_mut_ptr();
-                let run = (scales[row], run_sums[row]);
+                let (dot, raised) = (dots[row][side], weights.raised[part][side]);
+                let dot = if is_float(BITS) {
+                    _mm256_sub_ps(_mm256_castsi256_ps(dot), _mm256_castsi256_ps(raised))
+                } else {
+                    _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, raised))
+                };
+                let scale = _mm256_mul_ps(weights.scales[part][side], scale);
                 // SAFETY: 8 floats.
-                unsafe {
-                    let sum = _mm256_loadu_ps(at);
-                    let sum = scaled::<SCALES>(dots[row][side], &weights.scales[side], part, run, sum);
-                    _mm256_storeu_ps(at, sum);
-                }
+                unsafe { _mm256_storeu_ps(at, _mm256_fmadd_ps(dot, scale, _mm256_loadu_ps(at))) }
             }
         }
     }
 }
 
-/// `dot * weight * scale + sum`, and what the weights' offset makes of the run's sum. `weights` as [`block_scales`] has them.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn scaled<const SCALES: u8>(
-    dot: __m256i,
-    weights: &[__m256; 2],
-    part: usize,
-    (scale, run_sum): (f32, f32),
-    sum: __m256,
-) -> __m256 {
-    let scale = _mm256_mul_ps(weights[part], _mm256_set1_ps(scale));
-    let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, sum);
-    match SCALES {
-        OFFSET | NESTED => _mm256_fmadd_ps(weights[1], _mm256_set1_ps(run_sum), sum),
-        _ => sum,
-    }
-}
+/// An integer read as a float, or rather as what that is below the normal ones, is so much smaller.
+const DENORMAL: f32 = f32::from_bits(1);
+/// So much smaller sums of these are kept, and [`UP`] brings them there.
+const DOWN: f32 = 1.0 / (1u64 << 60) as f32;
+const UP: f32 = (1u128 << 89) as f32;
+const _: () = assert!(DENORMAL * UP == DOWN);
 
-/// Products of an even number of pairs of inputs with [`TILE`] rows, `[row][side]`.
+/// Products of `PAIRS / parts` pairs of inputs with [`TILE`] rows, `[row][side]`.
 ///
-/// In assembly since compilers unroll this loop, and then keep sums apart, copy the codes and run out of registers: a fifth
-/// slower (Zen 3).
+/// In assembly since compilers keep sums apart, copy the codes and run out of registers.
 ///
 /// # Safety
 /// As many pairs for each row at `values`, [`PAIRS`] from row to row.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dots(codes: &[[__m256i; SIDES]], values: *const i32) -> [[__m256i; SIDES]; TILE] {
-    let mut d = [[_mm256_setzero_si256(); SIDES]; TILE];
+unsafe fn dots<const BITS: u32, const SCALES: u8>(codes: *const [__m256i; SIDES], values: *const i32) -> [[__m256i; SIDES]; TILE] {
+    let mut d = [[_mm256_undefined_si256(); SIDES]; TILE];
     macro_rules! row {
-        ($at:literal, $first:literal, $a:literal, $b:literal) => {
+        (first, $add:literal, $pair:literal, $row:literal, $a:literal, $b:literal) => {
             concat!(
-                "vpbroadcastd {pair}, dword ptr [{x} + ",
-                $at,
-                " + ",
-                $first,
-                "]\n",
+                "vpbroadcastd {pair}, dword ptr [{x} + 4 * ", $pair, " + ", $row, "]\n",
+                "vpmaddwd {", $a, "}, {left}, {pair}\n",
+                "vpmaddwd {", $b, "}, {right}, {pair}\n",
+            )
+        };
+        (next, $add:literal, $pair:literal, $row:literal, $a:literal, $b:literal) => {
+            concat!(
+                "vpbroadcastd {pair}, dword ptr [{x} + 4 * ", $pair, " + ", $row, "]\n",
                 "vpmaddwd {product}, {left}, {pair}\n",
                 "vpmaddwd {pair}, {right}, {pair}\n",
-                "vpaddd {",
-                $a,
-                "}, {",
-                $a,
-                "}, {product}\n",
-                "vpaddd {",
-                $b,
-                "}, {",
-                $b,
-                "}, {pair}\n",
+                $add, " {", $a, "}, {", $a, "}, {product}\n",
+                $add, " {", $b, "}, {", $b, "}, {pair}\n",
             )
         };
     }
     macro_rules! pair {
-        ($w:literal, $x:literal) => {
+        ($which:ident, $add:literal, $pair:literal) => {
             concat!(
-                "vmovdqa {left}, ymmword ptr [{w} + ",
-                $w,
-                "]\n",
-                "vmovdqa {right}, ymmword ptr [{w} + ",
-                $w,
-                " + 32]\n",
-                row!($x, 0, "a0", "b0"),
-                row!($x, 64, "a1", "b1"),
-                row!($x, 128, "a2", "b2"),
-                row!($x, 192, "a3", "b3"),
+                "vmovdqa {left}, ymmword ptr [{w} + 64 * ", $pair, "]\n",
+                "vmovdqa {right}, ymmword ptr [{w} + 64 * ", $pair, " + 32]\n",
+                row!($which, $add, $pair, 0, "a0", "b0"),
+                row!($which, $add, $pair, 64, "a1", "b1"),
+                row!($which, $add, $pair, 128, "a2", "b2"),
+                row!($which, $add, $pair, 192, "a3", "b3"),
             )
         };
     }
-    let codes = codes.as_ptr_range();
+    macro_rules! run {
+        ($add:literal, $($pair:literal)*) => {
+            asm!(
+                pair!(first, $add, 0),
+                $(pair!(next, $add, $pair),)*
+                w = in(reg) codes,
+                x = in(reg) values,
+                left = out(ymm_reg) _,
+                right = out(ymm_reg) _,
+                pair = out(ymm_reg) _,
+                product = out(ymm_reg) _,
+                a0 = out(ymm_reg) d[0][0],
+                b0 = out(ymm_reg) d[0][1],
+                a1 = out(ymm_reg) d[1][0],
+                b1 = out(ymm_reg) d[1][1],
+                a2 = out(ymm_reg) d[2][0],
+                b2 = out(ymm_reg) d[2][1],
+                a3 = out(ymm_reg) d[3][0],
+                b3 = out(ymm_reg) d[3][1],
+                options(pure, readonly, nostack)
+            )
+        };
+    }
     // SAFETY: the caller's promise.
     unsafe {
-        asm!(
-            "2:",
-            pair!(0, 0),
-            pair!(64, 4),
-            "add {x}, 8",
-            "add {w}, 128",
-            "cmp {w}, {end}",
-            "jne 2b",
-            w = inout(reg) codes.start => _,
-            end = in(reg) codes.end,
-            x = inout(reg) values => _,
-            left = out(ymm_reg) _,
-            right = out(ymm_reg) _,
-            pair = out(ymm_reg) _,
-            product = out(ymm_reg) _,
-            a0 = inout(ymm_reg) d[0][0],
-            b0 = inout(ymm_reg) d[0][1],
-            a1 = inout(ymm_reg) d[1][0],
-            b1 = inout(ymm_reg) d[1][1],
-            a2 = inout(ymm_reg) d[2][0],
-            b2 = inout(ymm_reg) d[2][1],
-            a3 = inout(ymm_reg) d[3][0],
-            b3 = inout(ymm_reg) d[3][1],
-            options(pure, readonly, nostack)
-        );
+        if BITS == 4 {
+            run!("vaddps", 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+        } else if SCALES == HALVES {
+            run!("vpaddd", 1 2 3 4 5 6 7);
+        } else {
+            run!("vpaddd", 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+        }
     }
     d
 }
 
 const _: () = assert!(TILE == 4 && SIDES == 2 && PAIRS * size_of::<i32>() == 64);
 
-/// Widens the codes of a block.
+/// Gets a block ready, and its offsets.
 ///
 /// # Safety
 /// There is such a block in the group.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn open<const BITS: u32, const SCALES: u8>(group: &Group<'_>, block: usize) -> Block {
+unsafe fn open<const BITS: u32, const SCALES: u8>(
+    group: &Group<'_>,
+    block: usize,
+    opened: &mut Block,
+    offsets: &mut [__m256; SIDES],
+) {
     let layout = const { layout_of::<BITS, SCALES>() };
     prefetch::<BITS, SCALES, TILE>(group.codes.as_ptr(), block);
-    let mut opened =
-        Block { codes: [[_mm256_setzero_si256(); SIDES]; PAIRS], scales: [[_mm256_setzero_ps(); 2]; SIDES] };
+    let parts = if SCALES == HALVES { 2 } else { 1 };
+    let up = _mm256_set1_ps(if is_float(BITS) { UP } else { 1.0 });
+    let bias = _mm256_set1_epi16(if is_float(BITS) { 0 } else { layout.bias as i16 });
     // SAFETY: the caller's promise.
     unsafe {
         let codes = group.codes.as_ptr().add(block * layout.code_bytes());
         for side in 0..SIDES {
-            opened.scales[side] = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block, side);
-            for quad in 0..PAIRS / 2 {
-                for (odd, codes) in unpack::<BITS>(codes.add(32 * side), quad).into_iter().enumerate() {
-                    let bias = _mm256_set1_epi16(layout.bias as i16);
-                    opened.codes[2 * quad + odd][side] = _mm256_sub_epi16(codes, bias);
+            let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block, side);
+            offsets[side] = scales[1];
+            for part in 0..parts {
+                opened.scales[part][side] = _mm256_mul_ps(scales[part], up);
+                let mut sum = _mm256_setzero_si256();
+                for quad in part * PAIRS / 2 / parts..(part + 1) * PAIRS / 2 / parts {
+                    let [even, odd] = unpack::<BITS>(codes.add(32 * side), quad);
+                    let (even, odd) = (_mm256_sub_epi16(even, bias), _mm256_sub_epi16(odd, bias));
+                    opened.codes[2 * quad][side] = even;
+                    opened.codes[2 * quad + 1][side] = odd;
+                    sum = _mm256_add_epi16(sum, _mm256_add_epi16(even, odd));
                 }
+                opened.raised[part][side] = _mm256_madd_epi16(sum, _mm256_set1_epi16(RAISED));
             }
         }
     }
-    opened
+}
+
+/// Keeps compilers from computing one row after the other, for which they would put all codes aside and fetch them again.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn keep_order(dots: &mut [__m256i; SIDES]) {
+    let [a, b] = dots;
+    // SAFETY: nothing is done.
+    unsafe { asm!("/* {0} {1} */", inout(ymm_reg) *a, inout(ymm_reg) *b, options(nomem, nostack, preserves_flags)) }
 }
 
 /// The kernel for few rows, which stay in registers.
@@ -265,6 +330,7 @@ impl Tile for FewRows {
         let layout = const { layout_of::<BITS, SCALES>() };
         let parts = if SCALES == HALVES { 2 } else { 1 };
         let mut sums = [[_mm256_setzero_ps(); SIDES]; T];
+        let mut offsets = [[_mm256_setzero_ps(); SIDES]; T];
         for block in 0..x.blocks {
             // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
             unsafe {
@@ -291,6 +357,9 @@ impl Tile for FewRows {
                                     dots[side] = _mm256_add_epi32(dots[side], product);
                                 }
                             }
+                            if T > 1 {
+                                keep_order(dots);
+                            }
                         }
                     }
                     for t in 0..T {
@@ -299,18 +368,23 @@ impl Tile for FewRows {
                             HALVES => half_sum(values.add(t * x.blocks * PAIRS + PAIRS / 2 * part)),
                             _ => run.integer_sum,
                         };
-                        let bias = _mm256_set1_epi32(-layout.bias * integers);
+                        let bias = if BITS == 4 { 0 } else { -layout.bias * integers };
+                        let bias = _mm256_set1_epi32(bias);
                         for side in 0..SIDES {
-                            let dot = _mm256_add_epi32(dots[t][side], bias);
-                            let run = (run.scale, run.sum);
-                            sums[t][side] = scaled::<SCALES>(dot, &scales[side], part, run, sums[t][side]);
+                            if const { has_offset(BITS, SCALES) } {
+                                offsets[t][side] = _mm256_fmadd_ps(scales[side][1], _mm256_set1_ps(run.sum), offsets[t][side]);
+                            }
+                            let dot = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[t][side], bias));
+                            let scale = _mm256_mul_ps(scales[side][part], _mm256_set1_ps(run.scale));
+                            sums[t][side] = _mm256_fmadd_ps(dot, scale, sums[t][side]);
                         }
                     }
                 }
             }
         }
-        for (out, sums) in out.iter_mut().zip(sums) {
-            for (side, sum) in sums.into_iter().enumerate() {
+        for (out, (sums, offsets)) in out.iter_mut().zip(sums.into_iter().zip(offsets)) {
+            for side in 0..SIDES {
+                let sum = _mm256_add_ps(sums[side], offsets[side]);
                 // SAFETY: 8 of 16 floats.
                 unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * side), sum) }
             }
@@ -383,6 +457,10 @@ unsafe fn block_scales<const BITS: u32, const SCALES: u8>(
         let (head, own) = const { layout_of::<BITS, SCALES>() }.nested(block);
         let narrow = |at: usize| _mm_loadl_epi64(scales.add(at + 8 * side).cast());
         match SCALES {
+            PLAIN if BITS == 4 => {
+                let scale = wide(block * 32);
+                [scale, _mm256_mul_ps(scale, _mm256_set1_ps(-8.0))]
+            }
             PLAIN => [wide(block * 32), _mm256_setzero_ps()],
             OFFSET => [wide(block * 64), wide(block * 64 + 32)],
             NESTED => {
