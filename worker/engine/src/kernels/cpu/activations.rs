@@ -1,8 +1,8 @@
-//! Activations as 16-bit integers, so that a product of quantised weights is a product of integers.
+//! Activations as integers of 16 bits, on AVX2 of 15, so that a product of quantised weights is a product of integers.
 //!
-//! Each *span* of 32 inputs, or on AMX of 128, gets a scale of its own (its largest magnitude over 32,512); rounding errors then stay below
-//! what single-precision references differ by among themselves, even with outliers, where 8 bits change the text. The
-//! order in which the integers lie in memory is what the instruction set wants; see [`Codes`].
+//! Each *span* of 32 inputs, or on AMX of 128, gets a scale of its own (its largest magnitude over the largest integer); rounding
+//! errors then stay below what single-precision references differ by among themselves, even with outliers, where 8 bits change
+//! the text. The order in which the integers lie in memory is what the instruction set wants; see [`Codes`].
 
 use std::marker::PhantomData;
 
@@ -13,10 +13,11 @@ use super::pool::Pool;
 
 /// The largest integer: 127 * 256, so that both bytes of `256 * high + low` fit signed bytes.
 const LARGEST: f32 = 32_512.0;
-/// The largest on AVX2, where they have 15 bits: with [`RAISED`] added they are none below zero.
+/// The largest on AVX2: with [`RAISED`] added none is below zero, nor above the largest i16.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
 const LARGEST_OF_15: f32 = 16_383.0;
 /// What is added to the integers in AVX2's tiles.
-#[cfg(target_arch = "x86_64")]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
 pub(super) const RAISED: i16 = 1 << 14;
 /// Spans below this are taken for zero; their scale's reciprocal would overflow.
 const SMALLEST: f32 = 1e-30;
@@ -32,7 +33,7 @@ pub(crate) const WORTH: usize = 3072;
 /// - AVX-512 and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`; on AVX-512 low ones are at
 ///   least -127, see [`x86::avx512`];
 /// - AMX, in tiles: the same bytes, but those of two blocks together: 64 bytes `high` of each of 16 rows, then `low`;
-/// - AVX2: i16, in each four those with even index first: 0, 2, 1, 3;
+/// - AVX2: i16, in each four those with even index first: 0, 2, 1, 3; in tiles [`RAISED`] is added;
 /// - portable: i16 in order.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -66,13 +67,12 @@ pub(super) struct TileScales {
 
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
-/// So many tiles lie together for each block on AVX2: what is multiplied with the same weights, one after the other. Were each
-/// tile's blocks together, those of one block would compete for the same lines of the first-level cache.
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86 has tiles"))]
+/// At most so many tiles lie together for each block on AVX2: what is multiplied with the same weights, one after the other. Were
+/// each tile's blocks together, those of one block would compete for the same lines of the first-level cache.
 const STACK: usize = 8;
 
 /// From so many rows on products are by tiles. With AMX it takes some until that is faster, as a part of the last one is
-/// idle; with AVX2 it is as many as do not stay in registers.
+/// idle; with AVX2 it is when opening blocks is cheaper than to unpack them for each four.
 fn worth_tiles(isa: Isa) -> usize {
     match isa {
         Isa::Amx => 6,
@@ -81,8 +81,8 @@ fn worth_tiles(isa: Isa) -> usize {
     }
 }
 
-/// Quantised activations `[rows, blocks]`, or, if there are enough rows, `[tiles of 16 rows, blocks, 16]` for AVX2 and `[tiles of
-/// 16 rows, pairs of blocks, 2, 16]` for AMX. The vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
+/// Quantised activations `[rows, blocks]`, or, if there are enough rows, `[stacks of tiles of 16 rows, blocks, tiles, 16]` for AVX2
+/// and `[tiles of 16 rows, pairs of blocks, 2, 16]` for AMX. The vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
 /// time.
 #[derive(Default)]
 pub struct Activations {
@@ -91,14 +91,16 @@ pub struct Activations {
     pub(super) codes: Vec<Codes>,
     /// Where rows are not in tiles.
     pub(super) scales: Vec<RunScale>,
-    /// Where they are: `[tiles, blocks]`.
+    /// Where they are, see [`Activations::tile`].
     pub(super) tiles: Vec<TileScales>,
     pub(super) tiled: bool,
+    /// See [`place`].
     stack: u32,
 }
 
-/// Where the tile of rows `tile` (counted) lies that holds block `block` of `blocks`, if `stack` tiles lie together for each block.
-#[cfg(target_arch = "x86_64")]
+/// Which of all tiles holds block `block` of `blocks` of rows from `TILE_ROWS * tile` on, if `2^stack` tiles of rows lie together
+/// for each block.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
 #[inline(always)]
 fn place(tile: usize, block: usize, blocks: usize, stack: u32) -> usize {
     (((tile >> stack) * blocks + block) << stack) + (tile & ((1 << stack) - 1))
@@ -106,12 +108,11 @@ fn place(tile: usize, block: usize, blocks: usize, stack: u32) -> usize {
 
 impl Activations {
     /// Index of the tile that holds block `block` of rows from `TILE_ROWS * tile` on.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
     #[inline(always)]
     pub(super) fn tile(&self, tile: usize, block: usize) -> usize {
         place(tile, block, self.blocks, self.stack)
     }
-
 
     /// Makes room for `[rows, cols]` activations, which are then quantised part by part, as they become known: that way they are
     /// still in the cache, and no pass over them is needed in which threads wait for one another.
@@ -126,7 +127,8 @@ impl Activations {
         // What the last tile holds beyond the rows is never looked at.
         if self.tiled {
             let tiles = rows.div_ceil(TILE_ROWS);
-            self.stack = if pool.isa() == Isa::Avx2 { tiles.min(STACK).next_power_of_two().ilog2() } else { 0 };
+            self.stack =
+                if pool.isa() == Isa::Avx2 { tiles.min(STACK).next_power_of_two().ilog2() } else { 0 };
             let tiles = tiles.next_multiple_of(1 << self.stack);
             grow(&mut self.codes, tiles * TILE_ROWS * blocks.next_multiple_of(2), Codes([0; 64]));
             grow(&mut self.tiles, tiles * blocks, TileScales::default());
@@ -199,7 +201,7 @@ fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
     }
 }
 
-/// Scale and its reciprocal of a span whose largest magnitude is `largest`.
+/// Scale and its reciprocal of a span whose largest magnitude is `largest` and becomes `integer`.
 #[inline(always)]
 fn scale_of(largest: f32, integer: f32) -> (f32, f32) {
     if largest < SMALLEST { (0.0, 0.0) } else { (largest / integer, integer / largest) }
@@ -212,7 +214,7 @@ struct Places {
     tiles: Shared<TileScales>,
     blocks: usize,
     /// See [`place`].
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86 has tiles"))]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
     stack: u32,
     /// Runs that share a scale.
     span: usize,

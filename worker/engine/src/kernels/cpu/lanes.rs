@@ -55,6 +55,12 @@ pub(super) trait Lanes: Copy {
     fn prefetch<T>(at: *const T) {
         let _ = at;
     }
+    /// The same place, but where registers are few compilers are not told so: they read from it again, and do not put sums aside
+    /// to keep what they have read.
+    #[inline(always)]
+    fn again<T>(at: *const T) -> *const T {
+        at
+    }
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;

@@ -211,7 +211,7 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
     }
     let slab = match (L::REGISTERS >= 32, Q) {
         (true, ..=6) => 4,
-        (true, _) | (false, ..=2) => 2,
+        (true, _) | (false, ..=3) => 2,
         (false, _) => 1,
     };
     let vectors = problem.shape.value_dim() / WIDTH;
@@ -378,12 +378,11 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
             }
             // SAFETY: the caller's promise.
             unsafe {
-                let keys: [L; V] =
-                    std::array::from_fn(|i| E::load(keys[i].add(d * pages.problem.shape.block)));
-                for (q, sums) in sums.iter_mut().enumerate() {
-                    let query = L::splat(*queries.get_unchecked(q * PIECE + d % PIECE));
-                    for (sum, key) in sums.iter_mut().zip(keys) {
-                        *sum = key.mul_add(query, *sum);
+                for i in 0..V {
+                    let key: L = E::load(keys[i].add(d * pages.problem.shape.block));
+                    let queries = L::again(queries.as_ptr().add(d % PIECE));
+                    for (q, sums) in sums.iter_mut().enumerate() {
+                        sums[i] = key.mul_add(L::splat(queries.add(q * PIECE).read()), sums[i]);
                     }
                 }
             }
@@ -479,18 +478,21 @@ unsafe fn values<L: Lanes, E: Element, const Q: usize, const S: usize>(
             }
         }
         for p in position..end {
-            for line in (0..S * WIDTH * size_of::<E>()).step_by(64) {
-                let at = ((p - v * WIDTH) * dim + at * WIDTH) * size_of::<E>() + line;
-                L::prefetch(next.cast::<u8>().wrapping_add(at));
+            if at == 0 {
+                for line in (0..dim * size_of::<E>()).step_by(64) {
+                    L::prefetch(
+                        next.cast::<u8>().wrapping_add((p - v * WIDTH) * dim * size_of::<E>() + line),
+                    );
+                }
             }
             // SAFETY: the caller's promise; weights are `Q * CHUNK`, and `p < CHUNK`.
             unsafe {
                 let from = base.add((p - v * WIDTH) * dim + at * WIDTH);
-                let values: [L; S] = std::array::from_fn(|i| E::load(from.add(i * WIDTH)));
-                for (q, sums) in sums.iter_mut().enumerate() {
-                    let weight = L::splat(*weights.get_unchecked(q * CHUNK + p));
-                    for (sum, value) in sums.iter_mut().zip(values) {
-                        *sum = value.mul_add(weight, *sum);
+                for i in 0..S {
+                    let value: L = E::load(from.add(i * WIDTH));
+                    let weights = L::again(weights.as_ptr().add(p));
+                    for (q, sums) in sums.iter_mut().enumerate() {
+                        sums[i] = value.mul_add(L::splat(weights.add(q * CHUNK).read()), sums[i]);
                     }
                 }
             }

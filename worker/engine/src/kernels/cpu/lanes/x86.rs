@@ -1,6 +1,7 @@
 //! Each method is a few instructions. They are unsafe to call without their features, which [`Lanes`] demands.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
@@ -114,6 +115,11 @@ impl Lanes for V256 {
     #[inline(always)]
     fn prefetch<T>(at: *const T) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[inline(always)]
+    fn again<T>(mut at: *const T) -> *const T {
+        unsafe { asm!("/* {0} */", inout(reg) at, options(nomem, nostack, preserves_flags)) };
+        at
     }
     #[inline(always)]
     fn splat(value: f32) -> Self {

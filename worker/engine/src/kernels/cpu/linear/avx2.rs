@@ -1,9 +1,14 @@
 //! The kernels on AVX2, which has no dot product of bytes that cannot overflow: codes are widened to 16 bits, those with
-//! even index apart from those with odd index, and multiplied in pairs with the 16-bit activations.
+//! even index apart from those with odd index, and multiplied in pairs with the activations' integers.
 //!
-//! A product of pairs and its addition take two of the slots that a processor has for such work, three a cycle on a Zen 3,
-//! so 24 products a cycle are the limit there. What else would take slots is kept from the inner loop: with many rows a
-//! block's codes are widened once for all of them, and a broadcast of activations serves all 16 rows of weights.
+//! The limit is two products of pairs a cycle on a Zen 4, which two of its four units do. Sums of integers are taken by any
+//! of the four, often by one of these two, and then only 1.6 products a cycle are left. Sums of floats are not; and floats
+//! below the normal ones, up to the first of these, are integers in all but name: 2^24 of them in equal steps, the bits of
+//! each the number of its step. So where sums of products are none below zero and less than 2^24 they are added as floats:
+//! those of codes of 4 bits with activations of 15, to each of which [`RAISED`] is added. Nothing is rounded.
+//!
+//! What else takes slots is kept from the inner loop: with many rows a block's codes are widened once for all of them, a broadcast
+//! of activations serves all 16 rows of weights, and the weights' offsets are multiplied apart.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -28,10 +33,10 @@ impl Product for Avx2 {
             // SAFETY: the caller's promise.
             return unsafe { FewRows::run::<BITS, SCALES>(problem) };
         }
-        let tiles = problem.rows.end.div_ceil(TILE_ROWS);
         assert!(problem.rows.start.is_multiple_of(TILE_ROWS) && problem.rows.end <= x.rows);
-        assert!(problem.rows.len() <= PASS);
-        assert!(x.codes.len() >= tiles * x.blocks * TILE_ROWS && x.tiles.len() >= tiles * x.blocks);
+        assert!(!problem.rows.is_empty() && problem.rows.len() <= PASS);
+        let last = x.tile((problem.rows.end - 1) / TILE_ROWS, x.blocks - 1);
+        assert!(x.codes.len() >= (last + 1) * TILE_ROWS && x.tiles.len() > last);
         check_layout::<BITS, SCALES>(problem);
         // SAFETY: the caller's promise, and what was just checked.
         unsafe { groups::<BITS, SCALES>(problem) }
@@ -50,7 +55,7 @@ struct Block {
     scales: [[__m256; SIDES]; 2],
 }
 
-/// Whether dot products, which are integers, are added up as floats, see [`dots`].
+/// Whether dot products, which are integers, are added up as floats.
 const fn is_float(bits: u32) -> bool {
     bits == 4
 }
@@ -82,7 +87,8 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
             unsafe { open::<BITS, SCALES>(&group, block, &mut weights, &mut offsets[block]) };
             for (tile, sums) in sums.chunks_mut(TILE_ROWS).enumerate() {
                 // What comes next is asked for.
-                let ahead = if tile + 1 < tiles { x.tile(first + tile + 1, block) } else { x.tile(first, block + 1) };
+                let ahead =
+                    if tile + 1 < tiles { x.tile(first + tile + 1, block) } else { x.tile(first, block + 1) };
                 let ahead = x.codes.as_ptr().wrapping_add(ahead * TILE_ROWS);
                 let at = x.tile(first + tile, block);
                 let scales = &x.tiles[at].scale;
@@ -102,7 +108,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
         if const { has_offset(BITS, SCALES) } {
             for (first, sums) in (rows.start..).step_by(TILE).zip(sums.as_chunks_mut().0) {
                 // SAFETY: whole tiles are there.
-                unsafe { add_offsets::<BITS>(x, first, &offsets, sums) }
+                unsafe { add_offsets(x, first, &offsets, sums) }
             }
         }
         for (row, values) in rows.clone().zip(sums.iter()) {
@@ -117,7 +123,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
 /// Tiles with these rows are there, and as many offsets as the activations have blocks.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn add_offsets<const BITS: u32>(
+unsafe fn add_offsets(
     x: &Activations,
     first: usize,
     offsets: &[[__m256; SIDES]],
@@ -126,7 +132,13 @@ unsafe fn add_offsets<const BITS: u32>(
     let mut all = [[_mm256_setzero_ps(); SIDES]; TILE];
     for (block, offsets) in offsets.iter().enumerate() {
         // SAFETY: the caller's promise.
-        let run_sums = unsafe { x.tiles.as_ptr().add(x.tile(first / TILE_ROWS, block)).cast::<f32>().add(TILE_ROWS + first % TILE_ROWS) };
+        let run_sums = unsafe {
+            x.tiles
+                .as_ptr()
+                .add(x.tile(first / TILE_ROWS, block))
+                .cast::<f32>()
+                .add(TILE_ROWS + first % TILE_ROWS)
+        };
         for row in 0..TILE {
             // SAFETY: the caller's promise.
             let sum = _mm256_set1_ps(unsafe { run_sums.add(row).read() });
@@ -135,12 +147,11 @@ unsafe fn add_offsets<const BITS: u32>(
             }
         }
     }
-    let up = _mm256_set1_ps(if is_float(BITS) { const { 1.0 / DOWN } } else { 1.0 });
     for row in 0..TILE {
         for side in 0..SIDES {
             let at = sums[row][8 * side..].as_mut_ptr();
             // SAFETY: 8 floats.
-            unsafe { _mm256_storeu_ps(at, _mm256_fmadd_ps(_mm256_loadu_ps(at), up, all[row][side])) }
+            unsafe { _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), all[row][side])) }
         }
     }
 }
@@ -163,18 +174,16 @@ unsafe fn add<const BITS: u32, const SCALES: u8>(
     for part in 0..parts {
         let first = part * PAIRS / parts;
         // SAFETY: the caller's promise.
-        let dots = unsafe { dots::<BITS, SCALES>(weights.codes.as_ptr().add(first), values.cast::<i32>().add(first)) };
+        let dots = unsafe {
+            dots::<BITS, SCALES>(weights.codes.as_ptr().add(first), values.cast::<i32>().add(first))
+        };
         // Indexed: iterators over arrays of vectors leave registers.
         for row in 0..TILE {
             let scale = _mm256_set1_ps(scales[row]);
             for side in 0..SIDES {
                 let at = sums[row][8 * side..].as_mut_ptr();
                 let (dot, raised) = (dots[row][side], weights.raised[part][side]);
-                let dot = if is_float(BITS) {
-                    _mm256_sub_ps(_mm256_castsi256_ps(dot), _mm256_castsi256_ps(raised))
-                } else {
-                    _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, raised))
-                };
+                let dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, raised));
                 let scale = _mm256_mul_ps(weights.scales[part][side], scale);
                 // SAFETY: 8 floats.
                 unsafe { _mm256_storeu_ps(at, _mm256_fmadd_ps(dot, scale, _mm256_loadu_ps(at))) }
@@ -182,13 +191,6 @@ unsafe fn add<const BITS: u32, const SCALES: u8>(
         }
     }
 }
-
-/// An integer read as a float, or rather as what that is below the normal ones, is so much smaller.
-const DENORMAL: f32 = f32::from_bits(1);
-/// So much smaller sums of these are kept, and [`UP`] brings them there.
-const DOWN: f32 = 1.0 / (1u64 << 60) as f32;
-const UP: f32 = (1u128 << 89) as f32;
-const _: () = assert!(DENORMAL * UP == DOWN);
 
 /// Products of `PAIRS / parts` pairs of inputs with [`TILE`] rows, `[row][side]`.
 ///
@@ -198,31 +200,60 @@ const _: () = assert!(DENORMAL * UP == DOWN);
 /// As many pairs for each row at `values`, [`PAIRS`] from row to row.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dots<const BITS: u32, const SCALES: u8>(codes: *const [__m256i; SIDES], values: *const i32) -> [[__m256i; SIDES]; TILE] {
+unsafe fn dots<const BITS: u32, const SCALES: u8>(
+    codes: *const [__m256i; SIDES],
+    values: *const i32,
+) -> [[__m256i; SIDES]; TILE] {
     let mut d = [[_mm256_undefined_si256(); SIDES]; TILE];
     macro_rules! row {
         (first, $add:literal, $pair:literal, $row:literal, $a:literal, $b:literal) => {
             concat!(
-                "vpbroadcastd {pair}, dword ptr [{x} + 4 * ", $pair, " + ", $row, "]\n",
-                "vpmaddwd {", $a, "}, {left}, {pair}\n",
-                "vpmaddwd {", $b, "}, {right}, {pair}\n",
+                "vpbroadcastd {pair}, dword ptr [{x} + 4 * ",
+                $pair,
+                " + ",
+                $row,
+                "]\n",
+                "vpmaddwd {",
+                $a,
+                "}, {left}, {pair}\n",
+                "vpmaddwd {",
+                $b,
+                "}, {right}, {pair}\n",
             )
         };
         (next, $add:literal, $pair:literal, $row:literal, $a:literal, $b:literal) => {
             concat!(
-                "vpbroadcastd {pair}, dword ptr [{x} + 4 * ", $pair, " + ", $row, "]\n",
+                "vpbroadcastd {pair}, dword ptr [{x} + 4 * ",
+                $pair,
+                " + ",
+                $row,
+                "]\n",
                 "vpmaddwd {product}, {left}, {pair}\n",
                 "vpmaddwd {pair}, {right}, {pair}\n",
-                $add, " {", $a, "}, {", $a, "}, {product}\n",
-                $add, " {", $b, "}, {", $b, "}, {pair}\n",
+                $add,
+                " {",
+                $a,
+                "}, {",
+                $a,
+                "}, {product}\n",
+                $add,
+                " {",
+                $b,
+                "}, {",
+                $b,
+                "}, {pair}\n",
             )
         };
     }
     macro_rules! pair {
         ($which:ident, $add:literal, $pair:literal) => {
             concat!(
-                "vmovdqa {left}, ymmword ptr [{w} + 64 * ", $pair, "]\n",
-                "vmovdqa {right}, ymmword ptr [{w} + 64 * ", $pair, " + 32]\n",
+                "vmovdqa {left}, ymmword ptr [{w} + 64 * ",
+                $pair,
+                "]\n",
+                "vmovdqa {right}, ymmword ptr [{w} + 64 * ",
+                $pair,
+                " + 32]\n",
                 row!($which, $add, $pair, 0, "a0", "b0"),
                 row!($which, $add, $pair, 64, "a1", "b1"),
                 row!($which, $add, $pair, 128, "a2", "b2"),
@@ -283,7 +314,6 @@ unsafe fn open<const BITS: u32, const SCALES: u8>(
     let layout = const { layout_of::<BITS, SCALES>() };
     prefetch::<BITS, SCALES, TILE>(group.codes.as_ptr(), block);
     let parts = if SCALES == HALVES { 2 } else { 1 };
-    let up = _mm256_set1_ps(if is_float(BITS) { UP } else { 1.0 });
     let bias = _mm256_set1_epi16(if is_float(BITS) { 0 } else { layout.bias as i16 });
     // SAFETY: the caller's promise.
     unsafe {
@@ -292,7 +322,7 @@ unsafe fn open<const BITS: u32, const SCALES: u8>(
             let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block, side);
             offsets[side] = scales[1];
             for part in 0..parts {
-                opened.scales[part][side] = _mm256_mul_ps(scales[part], up);
+                opened.scales[part][side] = scales[part];
                 let mut sum = _mm256_setzero_si256();
                 for quad in part * PAIRS / 2 / parts..(part + 1) * PAIRS / 2 / parts {
                     let [even, odd] = unpack::<BITS>(codes.add(32 * side), quad);
@@ -313,7 +343,14 @@ unsafe fn open<const BITS: u32, const SCALES: u8>(
 fn keep_order(dots: &mut [__m256i; SIDES]) {
     let [a, b] = dots;
     // SAFETY: nothing is done.
-    unsafe { asm!("/* {0} {1} */", inout(ymm_reg) *a, inout(ymm_reg) *b, options(nomem, nostack, preserves_flags)) }
+    unsafe {
+        asm!(
+            "/* {0} {1} */",
+            inout(ymm_reg) * a,
+            inout(ymm_reg) * b,
+            options(nomem, nostack, preserves_flags)
+        )
+    }
 }
 
 /// The kernel for few rows, which stay in registers.
@@ -372,7 +409,11 @@ impl Tile for FewRows {
                         let bias = _mm256_set1_epi32(bias);
                         for side in 0..SIDES {
                             if const { has_offset(BITS, SCALES) } {
-                                offsets[t][side] = _mm256_fmadd_ps(scales[side][1], _mm256_set1_ps(run.sum), offsets[t][side]);
+                                offsets[t][side] = _mm256_fmadd_ps(
+                                    scales[side][1],
+                                    _mm256_set1_ps(run.sum),
+                                    offsets[t][side],
+                                );
                             }
                             let dot = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[t][side], bias));
                             let scale = _mm256_mul_ps(scales[side][part], _mm256_set1_ps(run.scale));
