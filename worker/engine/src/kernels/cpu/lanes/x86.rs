@@ -117,6 +117,7 @@ impl Lanes for V256 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
     }
     #[inline(always)]
+    #[allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is done with it")]
     fn again<T>(mut at: *const T) -> *const T {
         unsafe { asm!("/* {0} */", inout(reg) at, options(nomem, nostack, preserves_flags)) };
         at

@@ -82,9 +82,9 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
     for index in problem.groups.clone() {
         let group = problem.group(index, rows.start);
         sums.as_flattened_mut().fill(0.0);
-        for block in 0..x.blocks {
+        for (block, offsets) in offsets.iter_mut().enumerate() {
             // SAFETY: the caller's promise; a group has as many blocks as the activations.
-            unsafe { open::<BITS, SCALES>(&group, block, &mut weights, &mut offsets[block]) };
+            unsafe { open::<BITS, SCALES>(&group, block, &mut weights, offsets) };
             for (tile, sums) in sums.chunks_mut(TILE_ROWS).enumerate() {
                 // What comes next is asked for.
                 let ahead =
@@ -123,6 +123,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
 /// Tiles with these rows are there, and as many offsets as the activations have blocks.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
+#[allow(clippy::needless_range_loop, reason = "iterators over arrays of vectors leave registers")]
 unsafe fn add_offsets(
     x: &Activations,
     first: usize,
@@ -318,11 +319,11 @@ unsafe fn open<const BITS: u32, const SCALES: u8>(
     // SAFETY: the caller's promise.
     unsafe {
         let codes = group.codes.as_ptr().add(block * layout.code_bytes());
-        for side in 0..SIDES {
+        for (side, offset) in offsets.iter_mut().enumerate() {
             let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block, side);
-            offsets[side] = scales[1];
-            for part in 0..parts {
-                opened.scales[part][side] = scales[part];
+            *offset = scales[1];
+            for (part, scale) in scales.into_iter().enumerate().take(parts) {
+                opened.scales[part][side] = scale;
                 let mut sum = _mm256_setzero_si256();
                 for quad in part * PAIRS / 2 / parts..(part + 1) * PAIRS / 2 / parts {
                     let [even, odd] = unpack::<BITS>(codes.add(32 * side), quad);
