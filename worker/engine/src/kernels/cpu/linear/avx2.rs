@@ -107,8 +107,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
         }
         if const { has_offset(BITS, SCALES) } {
             for (first, sums) in (rows.start..).step_by(TILE).zip(sums.as_chunks_mut().0) {
-                // SAFETY: whole tiles are there.
-                unsafe { add_offsets(x, first, &offsets, sums) }
+                add_offsets(x, first, &offsets, sums);
             }
         }
         for (row, values) in rows.clone().zip(sums.iter()) {
@@ -117,32 +116,20 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
     }
 }
 
-/// Adds what the weights' offsets make of the sums of [`TILE`] rows from `first` on.
+/// Adds what the weights' offsets, one of each block, make of the sums of [`TILE`] rows from `first`, a multiple of that, on.
 ///
-/// # Safety
-/// Tiles with these rows are there, and as many offsets as the activations have blocks.
+/// # Panics
+/// If the activations have no such rows or fewer blocks.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 #[allow(clippy::needless_range_loop, reason = "iterators over arrays of vectors leave registers")]
-unsafe fn add_offsets(
-    x: &Activations,
-    first: usize,
-    offsets: &[[__m256; SIDES]],
-    sums: &mut [[f32; LANES]; TILE],
-) {
+fn add_offsets(x: &Activations, first: usize, offsets: &[[__m256; SIDES]], sums: &mut [[f32; LANES]; TILE]) {
     let mut all = [[_mm256_setzero_ps(); SIDES]; TILE];
     for (block, offsets) in offsets.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        let run_sums = unsafe {
-            x.tiles
-                .as_ptr()
-                .add(x.tile(first / TILE_ROWS, block))
-                .cast::<f32>()
-                .add(TILE_ROWS + first % TILE_ROWS)
-        };
+        let run_sums = x.tiles[x.tile(first / TILE_ROWS, block)].sum.as_ptr();
         for row in 0..TILE {
-            // SAFETY: the caller's promise.
-            let sum = _mm256_set1_ps(unsafe { run_sums.add(row).read() });
+            // SAFETY: rows begin with a multiple of as many, so all are of that tile.
+            let sum = _mm256_set1_ps(unsafe { run_sums.add(first % TILE_ROWS + row).read() });
             for side in 0..SIDES {
                 all[row][side] = _mm256_fmadd_ps(offsets[side], sum, all[row][side]);
             }
@@ -193,7 +180,8 @@ unsafe fn add<const BITS: u32, const SCALES: u8>(
     }
 }
 
-/// Products of `PAIRS / parts` pairs of inputs with [`TILE`] rows, `[row][side]`.
+/// Products of a block's pairs of inputs, or those of a half of it if halves have scales of their own, with [`TILE`] rows,
+/// `[row][side]`.
 ///
 /// In assembly since compilers keep sums apart, copy the codes and run out of registers.
 ///
