@@ -67,9 +67,6 @@ pub(super) struct TileScales {
 
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
-/// At most so many tiles lie together for each block on AVX2: what is multiplied with the same weights, one after the other. Were
-/// each tile's blocks together, those of one block would compete for the same lines of the first-level cache.
-const STACK: usize = 8;
 
 /// From so many rows on products are by tiles. With AMX it takes some until that is faster, as a part of the last one is
 /// idle; with AVX2 it is when opening blocks is cheaper than to unpack them for each four.
@@ -81,8 +78,8 @@ fn worth_tiles(isa: Isa) -> usize {
     }
 }
 
-/// Quantised activations `[rows, blocks]`, or, if there are enough rows, `[stacks of tiles of 16 rows, blocks, tiles, 16]` for AVX2
-/// and `[tiles of 16 rows, pairs of blocks, 2, 16]` for AMX. The vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
+/// Quantised activations `[rows, blocks]`, or, if there are enough rows, `[tiles of 16 rows, blocks, 16]` for AVX2 and
+/// `[tiles of 16 rows, pairs of blocks, 2, 16]` for AMX. The vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
 /// time.
 #[derive(Default)]
 pub struct Activations {
@@ -91,29 +88,12 @@ pub struct Activations {
     pub(super) codes: Vec<Codes>,
     /// Where rows are not in tiles.
     pub(super) scales: Vec<RunScale>,
-    /// Where they are, see [`Activations::tile`].
+    /// Where they are: `[tiles, blocks]`.
     pub(super) tiles: Vec<TileScales>,
     pub(super) tiled: bool,
-    /// See [`place`].
-    stack: u32,
-}
-
-/// Which of all tiles holds block `block` of `blocks` of rows from `TILE_ROWS * tile` on, if `2^stack` tiles of rows lie together
-/// for each block.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
-#[inline(always)]
-fn place(tile: usize, block: usize, blocks: usize, stack: u32) -> usize {
-    (((tile >> stack) * blocks + block) << stack) + (tile & ((1 << stack) - 1))
 }
 
 impl Activations {
-    /// Index of the tile that holds block `block` of rows from `TILE_ROWS * tile` on.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
-    #[inline(always)]
-    pub(super) fn tile(&self, tile: usize, block: usize) -> usize {
-        place(tile, block, self.blocks, self.stack)
-    }
-
     /// Makes room for `[rows, cols]` activations, which are then quantised part by part, as they become known: that way they are
     /// still in the cache, and no pass over them is needed in which threads wait for one another.
     ///
@@ -127,9 +107,6 @@ impl Activations {
         // What the last tile holds beyond the rows is never looked at.
         if self.tiled {
             let tiles = rows.div_ceil(TILE_ROWS);
-            self.stack =
-                if pool.isa() == Isa::Avx2 { tiles.min(STACK).next_power_of_two().ilog2() } else { 0 };
-            let tiles = tiles.next_multiple_of(1 << self.stack);
             grow(&mut self.codes, tiles * TILE_ROWS * blocks.next_multiple_of(2), Codes([0; 64]));
             grow(&mut self.tiles, tiles * blocks, TileScales::default());
         } else {
@@ -141,7 +118,6 @@ impl Activations {
             scales: Shared(self.scales.as_mut_ptr()),
             tiles: Shared(self.tiles.as_mut_ptr()),
             blocks,
-            stack: self.stack,
             span: if pool.isa() == Isa::Amx { SPAN } else { 1 },
         };
         let (kernel, values) = (kernel(pool.isa(), self.tiled), rows * cols);
@@ -213,9 +189,6 @@ struct Places {
     scales: Shared<RunScale>,
     tiles: Shared<TileScales>,
     blocks: usize,
-    /// See [`place`].
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
-    stack: u32,
     /// Runs that share a scale.
     span: usize,
 }
@@ -264,7 +237,7 @@ impl Places {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     unsafe fn put_in_tile(&self, row: usize, block: usize, scale: f32, sum: f32) {
-        let (index, row) = (place(row / TILE_ROWS, block, self.blocks, self.stack), row % TILE_ROWS);
+        let (index, row) = (row / TILE_ROWS * self.blocks + block, row % TILE_ROWS);
         // SAFETY: the caller's promise; `begin` made room for all tiles. Of a tile's scales each row has its own; a
         // reference to all would claim the others'.
         unsafe {
@@ -408,7 +381,7 @@ pub(super) mod x86 {
                     let (block, sum_of_values) = (block + run, scale * sum as f32);
                     let codes = if TILED {
                         to.put_in_tile(row, block, scale, sum_of_values);
-                        let tile = place(row / TILE_ROWS, block, to.blocks, to.stack);
+                        let tile = row / TILE_ROWS * to.blocks + block;
                         to.codes.at(tile * TILE_ROWS + row % TILE_ROWS)
                     } else {
                         let scale =
@@ -508,7 +481,7 @@ mod tests {
             let (tile, in_tile) = (row / TILE_ROWS, row % TILE_ROWS);
             let place = match isa {
                 Isa::Amx => (tile * blocks.div_ceil(2) + block / 2) * 2 * TILE_ROWS + in_tile,
-                Isa::Avx2 => a.tile(tile, block) * TILE_ROWS + in_tile,
+                Isa::Avx2 => (tile * blocks + block) * TILE_ROWS + in_tile,
                 _ => run,
             };
             let b = &a.codes[place].0;
@@ -535,7 +508,7 @@ mod tests {
                 let got = integers(&other, run, isa);
                 let sum: i32 = got.iter().sum();
                 let scale = if other.tiled {
-                    let tile = other.tiles[other.tile(row / TILE_ROWS, block)];
+                    let tile = other.tiles[row / TILE_ROWS * blocks + block];
                     assert_eq!(tile.sum[row % TILE_ROWS], tile.scale[row % TILE_ROWS] * sum as f32);
                     tile.scale[row % TILE_ROWS]
                 } else {

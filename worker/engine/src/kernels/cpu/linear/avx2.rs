@@ -33,10 +33,10 @@ impl Product for Avx2 {
             // SAFETY: the caller's promise.
             return unsafe { FewRows::run::<BITS, SCALES>(problem) };
         }
+        let tiles = problem.rows.end.div_ceil(TILE_ROWS);
         assert!(problem.rows.start.is_multiple_of(TILE_ROWS) && problem.rows.end <= x.rows);
-        assert!(!problem.rows.is_empty() && problem.rows.len() <= PASS);
-        let last = x.tile((problem.rows.end - 1) / TILE_ROWS, x.blocks - 1);
-        assert!(x.codes.len() >= (last + 1) * TILE_ROWS && x.tiles.len() > last);
+        assert!(problem.rows.len() <= PASS);
+        assert!(x.codes.len() >= tiles * x.blocks * TILE_ROWS && x.tiles.len() >= tiles * x.blocks);
         check_layout::<BITS, SCALES>(problem);
         // SAFETY: the caller's promise, and what was just checked.
         unsafe { groups::<BITS, SCALES>(problem) }
@@ -44,7 +44,6 @@ impl Product for Avx2 {
 }
 
 /// A block of 16 rows of weights, ready to be multiplied.
-#[derive(Clone, Copy)]
 struct Block {
     /// Codes, `[pair][side]`, pairs as [`Codes`](crate::kernels::cpu::activations::Codes) has them; where dot products are not
     /// [`is_float`], less their bias.
@@ -86,11 +85,10 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
             // SAFETY: the caller's promise; a group has as many blocks as the activations.
             unsafe { open::<BITS, SCALES>(&group, block, &mut weights, offsets) };
             for (tile, sums) in sums.chunks_mut(TILE_ROWS).enumerate() {
+                let at = (first + tile) * x.blocks + block;
                 // What comes next is asked for.
-                let ahead =
-                    if tile + 1 < tiles { x.tile(first + tile + 1, block) } else { x.tile(first, block + 1) };
+                let ahead = if tile + 1 < tiles { at + x.blocks } else { first * x.blocks + block + 1 };
                 let ahead = x.codes.as_ptr().wrapping_add(ahead * TILE_ROWS);
-                let at = x.tile(first + tile, block);
                 let scales = &x.tiles[at].scale;
                 for (few, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
                     let few = few * TILE;
@@ -126,7 +124,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
 fn add_offsets(x: &Activations, first: usize, offsets: &[[__m256; SIDES]], sums: &mut [[f32; LANES]; TILE]) {
     let mut all = [[_mm256_setzero_ps(); SIDES]; TILE];
     for (block, offsets) in offsets.iter().enumerate() {
-        let run_sums = x.tiles[x.tile(first / TILE_ROWS, block)].sum.as_ptr();
+        let run_sums = x.tiles[first / TILE_ROWS * x.blocks + block].sum.as_ptr();
         for row in 0..TILE {
             // SAFETY: rows begin with a multiple of as many, so all are of that tile.
             let sum = _mm256_set1_ps(unsafe { run_sums.add(first % TILE_ROWS + row).read() });
@@ -275,7 +273,7 @@ unsafe fn dots<const BITS: u32, const SCALES: u8>(
     }
     // SAFETY: the caller's promise.
     unsafe {
-        if BITS == 4 {
+        if is_float(BITS) {
             run!("vaddps", 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
         } else if SCALES == HALVES {
             run!("vpaddd", 1 2 3 4 5 6 7);
@@ -394,7 +392,7 @@ impl Tile for FewRows {
                             HALVES => half_sum(values.add(t * x.blocks * PAIRS + PAIRS / 2 * part)),
                             _ => run.integer_sum,
                         };
-                        let bias = if BITS == 4 { 0 } else { -layout.bias * integers };
+                        let bias = if is_float(BITS) { 0 } else { -layout.bias * integers };
                         let bias = _mm256_set1_epi32(bias);
                         for side in 0..SIDES {
                             if const { has_offset(BITS, SCALES) } {
@@ -487,7 +485,7 @@ unsafe fn block_scales<const BITS: u32, const SCALES: u8>(
         let (head, own) = const { layout_of::<BITS, SCALES>() }.nested(block);
         let narrow = |at: usize| _mm_loadl_epi64(scales.add(at + 8 * side).cast());
         match SCALES {
-            PLAIN if BITS == 4 => {
+            PLAIN if is_float(BITS) => {
                 let scale = wide(block * 32);
                 [scale, _mm256_mul_ps(scale, _mm256_set1_ps(-8.0))]
             }
