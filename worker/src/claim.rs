@@ -80,9 +80,10 @@ pub(crate) async fn run(shared: Arc<Shared>, number: u64, ticket: Arc<Ticket>, i
                 return;
             }
             Ok(Verdict::Taken) => {
-                let waiters = shared.table().remove(number).map(|a| a.waiters).unwrap_or_default();
-                for waiter in waiters {
-                    shared.spawn(dead::taken(shared.clone(), ticket.clone(), waiter));
+                // Under the table's lock: a drain that finds it empty waits for what is being buried.
+                let mut table = shared.table();
+                for waiter in table.remove(number).into_iter().flat_map(|a| a.waiters) {
+                    dead::taken(&shared, &ticket, waiter);
                 }
                 return;
             }

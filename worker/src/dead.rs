@@ -17,7 +17,7 @@ use crate::ticket::{Ticket, Waiter};
 use crate::{outcome, settle};
 
 /// Sees to a message on a work queue that no coordinator published: it is buried, and answered if it says whose it is.
-pub(crate) async fn refuse(shared: Arc<Shared>, served: Arc<Served>, delivery: Delivery) {
+pub(crate) fn refuse(shared: &Arc<Shared>, served: &Served, delivery: Delivery) {
     let message = delivery.message.clone();
     // What is wrong with its body is more use to its sender than that it took the wrong door.
     let parsed = job::parse_json::<Job>(&message.body).and_then(|job| job.check().map(|()| job));
@@ -45,12 +45,12 @@ pub(crate) async fn refuse(shared: Arc<Shared>, served: Arc<Served>, delivery: D
     // Its sender meant to enqueue a job: it listens where outcomes are published.
     let waiter = Waiter { front_door: true, ..Waiter::unread(delivery) };
     let model = &served.info().name;
-    let answer = id.map(|id| (outcome::failure(&shared, &id, model, parsed.as_ref().ok(), error), id));
-    bury(&shared, letter, waiter, answer).await;
+    let answer = id.map(|id| (outcome::failure(shared, &id, model, parsed.as_ref().ok(), error), id));
+    spawn(shared, letter, waiter, answer);
 }
 
 /// Sees to a message whose id belongs to a job with another body.
-pub(crate) async fn taken(shared: Arc<Shared>, ticket: Arc<Ticket>, waiter: Waiter) {
+pub(crate) fn taken(shared: &Arc<Shared>, ticket: &Ticket, waiter: Waiter) {
     let message =
         format!("the id {:?} belongs to a job with another body; give this one an id of its own", ticket.id);
     let error = JobError::field(code::ID_TAKEN, "id", message);
@@ -65,8 +65,14 @@ pub(crate) async fn taken(shared: Arc<Shared>, ticket: Arc<Ticket>, waiter: Wait
         worker: shared.id.clone(),
     };
     let model = &ticket.served.info().name;
-    let outcome = outcome::failure(&shared, &ticket.id, model, Some(&ticket.job), error);
-    bury(&shared, letter, waiter, Some((outcome, ticket.id.clone()))).await;
+    let outcome = outcome::failure(shared, &ticket.id, model, Some(&ticket.job), error);
+    spawn(shared, letter, waiter, Some((outcome, ticket.id.clone())));
+}
+
+/// Buries a letter in the background.
+fn spawn(shared: &Arc<Shared>, letter: DeadLetter, waiter: Waiter, answer: Option<(bytes::Bytes, String)>) {
+    let ours = shared.clone();
+    shared.tasks.spawn_settling(async move { bury(&ours, letter, waiter, answer).await });
 }
 
 /// Records a letter for good, then tells those who may care, then lets the queue forget it.

@@ -68,7 +68,7 @@ fn take(shared: &Arc<Shared>, served: &Arc<Served>, lane: Lane, batch: &mut Vec<
     for delivery in batch.drain(..) {
         match Ticket::read(&delivery.message, served, lane) {
             Some(ticket) => read.push((ticket, delivery)),
-            None => shared.spawn(dead::refuse(shared.clone(), served.clone(), delivery)),
+            None => dead::refuse(shared, served, delivery),
         }
     }
     let mut to_claim = Vec::new();
@@ -84,7 +84,7 @@ fn take(shared: &Arc<Shared>, served: &Arc<Served>, lane: Lane, batch: &mut Vec<
                 debug!(job = %ticket.id, "delivered again while it is here");
                 attempt.waiters.push(waiter);
             }
-            Some(_) => taken.push((Arc::new(ticket), waiter)),
+            Some(_) => taken.push((ticket, waiter)),
             None => {
                 let is_first = !redelivered;
                 let starts = ticket.envelope.once && is_first;
@@ -112,6 +112,6 @@ fn take(shared: &Arc<Shared>, served: &Arc<Served>, lane: Lane, batch: &mut Vec<
         shared.spawn(claim::run(shared.clone(), number, ticket, is_first, 0));
     }
     for (ticket, waiter) in taken {
-        shared.spawn(dead::taken(shared.clone(), ticket, waiter));
+        dead::taken(shared, &ticket, waiter);
     }
 }

@@ -43,6 +43,9 @@ use shared::{Served, Shared};
 /// How long running jobs that were stopped may take to be handed over, at the end of a drain.
 const HANDOVER_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long answers and acknowledgements may take after that.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+
 /// How often is looked for jobs that have become running meanwhile, and must be handed over too.
 const HANDOVER_PERIOD: Duration = Duration::from_millis(200);
 
@@ -198,7 +201,7 @@ async fn finish_or_hand_over(shared: &Arc<Shared>) {
         };
         let _ = tokio::time::timeout(HANDOVER_LIMIT, handed_over).await;
     }
-    shared.settled().await;
+    shared.tasks.settled(SETTLE_LIMIT).await;
 }
 
 /// Loads a model on a thread where it may take its time.

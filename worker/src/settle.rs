@@ -43,12 +43,8 @@ pub(crate) fn spawn(shared: &Arc<Shared>, answers: Vec<Answer>) {
     if answers.is_empty() {
         return;
     }
-    shared.settling.send_modify(|n| *n += 1);
     let ours = shared.clone();
-    shared.spawn(async move {
-        settle(&ours, answers).await;
-        ours.settling.send_modify(|n| *n -= 1);
-    });
+    shared.tasks.spawn_settling(async move { settle(&ours, answers).await });
 }
 
 async fn settle(shared: &Arc<Shared>, answers: Vec<Answer>) {

@@ -56,8 +56,6 @@ pub(crate) struct Shared {
     pub to_open: mpsc::UnboundedSender<u64>,
     /// Ends that are to be made final.
     pub to_commit: mpsc::UnboundedSender<Ended>,
-    /// Batches of jobs that are being answered and acknowledged.
-    pub settling: watch::Sender<usize>,
     table: Mutex<Table>,
     served: RwLock<Vec<Arc<Served>>>,
     failed: AtomicBool,
@@ -86,7 +84,6 @@ impl Shared {
             suspects: Arc::new(Semaphore::new(1)),
             to_open,
             to_commit,
-            settling: watch::Sender::new(0),
             table: Mutex::new(Table::default()),
             served: RwLock::new(Vec::new()),
             failed: AtomicBool::new(false),
@@ -131,12 +128,6 @@ impl Shared {
         while !self.table().is_empty() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-    }
-
-    /// Waits until what has ended is answered and acknowledged, for a while.
-    pub async fn settled(&self) {
-        let mut settling = self.settling.subscribe();
-        let _ = tokio::time::timeout(Duration::from_secs(5), settling.wait_for(|n| *n == 0)).await;
     }
 
     /// Lets go of all jobs and engines, so that nothing here keeps anything alive. An engine's thread may have to end a

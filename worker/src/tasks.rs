@@ -1,6 +1,7 @@
-//! The worker's tasks, so that all of them can be ended at once.
+//! The worker's tasks, so that all of them can be ended at once, and so that those can be waited for that must not be.
 
 use std::future::Future;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -10,11 +11,16 @@ pub(crate) struct Tasks {
     /// Ends all of them.
     pub killed: CancellationToken,
     count: watch::Sender<usize>,
+    settling: watch::Sender<usize>,
 }
 
 impl Tasks {
     pub fn new() -> Self {
-        Self { killed: CancellationToken::new(), count: watch::Sender::new(0) }
+        Self {
+            killed: CancellationToken::new(),
+            count: watch::Sender::new(0),
+            settling: watch::Sender::new(0),
+        }
     }
 
     /// Starts one.
@@ -25,6 +31,22 @@ impl Tasks {
             let _counted = counted;
             killed.run_until_cancelled(task).await;
         });
+    }
+
+    /// Starts one that answers and acknowledges deliveries: one that is ended on its way leaves an answer that was given
+    /// and will be given again.
+    pub fn spawn_settling(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let counted = Counted::new(&self.settling);
+        self.spawn(async move {
+            let _counted = counted;
+            task.await;
+        });
+    }
+
+    /// Waits until nothing is being answered or acknowledged, for so long at most.
+    pub async fn settled(&self, limit: Duration) {
+        let mut settling = self.settling.subscribe();
+        let _ = tokio::time::timeout(limit, settling.wait_for(|n| *n == 0)).await;
     }
 
     /// Ends all, and waits until they are gone.

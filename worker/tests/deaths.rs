@@ -331,6 +331,23 @@ async fn a_draining_worker_finishes_what_it_can_and_takes_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_draining_worker_buries_nothing_that_comes_again() {
+    const MESSAGES: usize = 200;
+    let fleet = Fleet::new().await;
+    let mut errors = fleet.consume(Source::Errors).await;
+    let worker = fleet.worker(0).await;
+    let to = Destination::Work { model: MODEL.into(), lane: Lane::Interactive };
+    for _ in 0..MESSAGES {
+        let junk = Message { body: b"junk".as_slice().into(), ..Message::default() };
+        fleet.queue.publish(&to, junk).await.unwrap();
+    }
+    next(&mut errors).await;
+    worker.drain().await;
+    let buried = fleet.ledger.dead_letters(MESSAGES as u32).await.unwrap().len();
+    assert_eq!(buried + fleet.left_in_queues().await as usize, MESSAGES, "{buried} buried");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_outcome_survives_the_worker_that_did_not_publish_it() {
     let fleet = Fleet::new().await;
     let mut responses = fleet.consume(Source::Responses).await;
