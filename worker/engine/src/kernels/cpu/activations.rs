@@ -1,4 +1,4 @@
-//! Activations as integers of 16 bits, on AVX2 of 15, so that a product of quantised weights is a product of integers.
+//! Activations as integers of 16 bits, so that a product of quantised weights is a product of integers.
 //!
 //! Each *span* of 32 inputs, or on AMX of 128, gets a scale of its own (its largest magnitude over the largest integer); rounding
 //! errors then stay below what single-precision references differ by among themselves, even with outliers, where 8 bits change
@@ -13,12 +13,6 @@ use super::pool::Pool;
 
 /// The largest integer: 127 * 256, so that both bytes of `256 * high + low` fit signed bytes.
 const LARGEST: f32 = 32_512.0;
-/// The largest on AVX2: with [`RAISED`] added none is below zero, nor above the largest i16.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
-const LARGEST_OF_15: f32 = 16_383.0;
-/// What is added to the integers in AVX2's tiles.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86 has tiles"))]
-pub(super) const RAISED: i16 = 1 << 14;
 /// Spans below this are taken for zero; their scale's reciprocal would overflow.
 const SMALLEST: f32 = 1e-30;
 
@@ -33,7 +27,7 @@ pub(crate) const WORTH: usize = 3072;
 /// - AVX-512 and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`; on AVX-512 low ones are at
 ///   least -127, see [`x86::avx512`];
 /// - AMX, in tiles: the same bytes, but those of two blocks together: 64 bytes `high` of each of 16 rows, then `low`;
-/// - AVX2: i16, in each four those with even index first: 0, 2, 1, 3; in tiles [`RAISED`] is added;
+/// - AVX2: i16, in each four those with even index first: 0, 2, 1, 3;
 /// - portable: i16 in order.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -179,8 +173,8 @@ fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
 
 /// Scale and its reciprocal of a span whose largest magnitude is `largest` and becomes `integer`.
 #[inline(always)]
-fn scale_of(largest: f32, integer: f32) -> (f32, f32) {
-    if largest < SMALLEST { (0.0, 0.0) } else { (largest / integer, integer / largest) }
+fn scale_of(largest: f32) -> (f32, f32) {
+    if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) }
 }
 
 /// Where a run's integers go, and what they mean.
@@ -309,7 +303,7 @@ unsafe fn each_run(x: &[f32], first: usize, to: &Places, put: impl Fn(&[i16; BLO
         for value in x {
             largest = largest.max(value.to_bits() & 0x7fff_ffff);
         }
-        let (scale, inverse) = scale_of(f32::from_bits(largest), LARGEST);
+        let (scale, inverse) = scale_of(f32::from_bits(largest));
         for (run, x) in x.chunks_exact(BLOCK).enumerate() {
             let mut v = [0i16; BLOCK];
             let mut sum = 0i32;
@@ -368,7 +362,7 @@ pub(super) mod x86 {
                 _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
             let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b01_00_11_10>(largest));
             let largest = _mm_max_epi32(largest, _mm_shuffle_epi32::<0b10_11_00_01>(largest));
-            let (scale, inverse) = scale_of(f32::from_bits(_mm_cvtsi128_si32(largest) as u32), LARGEST_OF_15);
+            let (scale, inverse) = scale_of(f32::from_bits(_mm_cvtsi128_si32(largest) as u32));
             let inverse = _mm256_set1_ps(inverse);
             for (run, x) in x.chunks_exact(BLOCK).enumerate() {
                 // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
@@ -392,10 +386,7 @@ pub(super) mod x86 {
                         // Packing joins the halves of its operands in turn.
                         let packed =
                             _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
-                        let mut v = _mm256_shuffle_epi8(packed, even_first);
-                        if TILED {
-                            v = _mm256_add_epi16(v, _mm256_set1_epi16(RAISED));
-                        }
+                        let v = _mm256_shuffle_epi8(packed, even_first);
                         _mm256_store_si256(codes.cast::<__m256i>().add(i), v);
                     }
                 }
@@ -422,7 +413,7 @@ pub(super) mod x86 {
                 }
             }
             let largest = _mm512_reduce_max_epi32(_mm512_max_epi32(largest[0], largest[1]));
-            let (scale, inverse) = scale_of(f32::from_bits(largest as u32), LARGEST);
+            let (scale, inverse) = scale_of(f32::from_bits(largest as u32));
             let inverse = _mm512_set1_ps(inverse);
             for (run, x) in x.chunks_exact(BLOCK).enumerate() {
                 // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
@@ -490,7 +481,7 @@ mod tests {
             (0..BLOCK)
                 .map(|i| match isa {
                     Isa::Portable => wide(i),
-                    Isa::Avx2 => wide(i / 4 * 4 + [0, 2, 1, 3][i % 4]) - i32::from(RAISED),
+                    Isa::Avx2 => wide(i / 4 * 4 + [0, 2, 1, 3][i % 4]),
                     Isa::Neon | Isa::Avx512 => bytes(b[i], b[32 + i]),
                     Isa::Amx => {
                         let at = block % 2 * BLOCK + i;
@@ -523,17 +514,11 @@ mod tests {
                     _ => (run..run + 1, 0),
                 };
                 let want = reference.scales[widest].iter().map(|run| run.scale).fold(0.0, f32::max);
-                let has_15_bits = isa == Isa::Avx2;
-                if has_15_bits {
-                    let want = want * LARGEST / LARGEST_OF_15;
-                    assert!((scale - want).abs() <= 1e-6 * want, "{isa}, run {run}: {scale}, not {want}");
-                } else {
-                    assert_eq!(scale, want, "{isa}, run {run}");
-                }
+                assert_eq!(scale, want, "{isa}, run {run}");
                 for (i, (v, x)) in got.iter().zip(&x[run * BLOCK..]).enumerate() {
                     let limit = (0.502 + off as f32) * scale;
                     assert!((*v as f32 * scale - x).abs() <= limit, "{isa}: {v} for {x}");
-                    if isa != Isa::Amx && !has_15_bits {
+                    if isa != Isa::Amx {
                         let want = integers(&reference, run, Isa::Portable)[i];
                         assert!((v - want).abs() <= off, "{isa}, run {run}: {v}, not {want}");
                     }

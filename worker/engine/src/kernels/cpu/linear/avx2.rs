@@ -1,14 +1,11 @@
 //! The kernels on AVX2, which has no dot product of bytes that cannot overflow: codes are widened to 16 bits, those with
 //! even index apart from those with odd index, and multiplied in pairs with the activations' integers.
 //!
-//! The limit is two products of pairs a cycle on a Zen 4, which two of its four units do. Sums of integers are taken by any
-//! of the four, often by one of these two, and then only 1.6 products a cycle are left. Sums of floats are not; and floats
-//! below the normal ones, up to the first of these, are integers in all but name: 2^24 of them in equal steps, the bits of
-//! each the number of its step. So where sums of products are none below zero and less than 2^24 they are added as floats:
-//! those of codes of 4 bits with activations of 15, to each of which [`RAISED`] is added. Nothing is rounded.
-//!
-//! What else takes slots is kept from the inner loop: with many rows a block's codes are widened once for all of them, a broadcast
-//! of activations serves all 16 rows of weights, and the weights' offsets are multiplied apart.
+//! Two of four units do products on Zen 3 and 4, two a cycle. Sums are taken by any of the four, often by one of these two, and
+//! then 1.6 products a cycle are left, whatever the order. So what else takes slots is kept from the inner loop: with many rows
+//! a block's codes are widened once for all of them, a broadcast of activations serves all 16 rows of weights, and the weights'
+//! offsets are multiplied apart. Sums below 2^24 could be added as floats below the normal ones, which are integers in all but
+//! name. On Zen 4 all products are done then, but on Zen 3 a third less, since there one unit does both.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -16,7 +13,7 @@ use std::arch::x86_64::*;
 use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Product, Tile, check_layout, layout_of, prefetch};
 use super::{Group, PASS, Problem, TILE};
 use crate::kernels::cpu::activations::x86::sum;
-use crate::kernels::cpu::activations::{Activations, RAISED, TILE_ROWS};
+use crate::kernels::cpu::activations::{Activations, TILE_ROWS};
 use crate::kernels::cpu::pack::LANES;
 
 /// Pairs of a block's inputs.
@@ -45,23 +42,15 @@ impl Product for Avx2 {
 
 /// A block of 16 rows of weights, ready to be multiplied.
 struct Block {
-    /// Codes, `[pair][side]`, pairs as [`Codes`](crate::kernels::cpu::activations::Codes) has them; where dot products are not
-    /// [`is_float`], less their bias.
+    /// Codes less their bias, `[pair][side]`, pairs as [`Codes`](crate::kernels::cpu::activations::Codes) has them.
     codes: [[__m256i; SIDES]; PAIRS],
-    /// What [`RAISED`] adds to dot products, `[part][side]`.
-    raised: [[__m256i; SIDES]; 2],
     /// What a dot product times a run's scale is multiplied by, `[part][side]`.
     scales: [[__m256; SIDES]; 2],
 }
 
-/// Whether dot products, which are integers, are added up as floats.
-const fn is_float(bits: u32) -> bool {
-    bits == 4
-}
-
 /// Whether there is something that a run's sum is multiplied by.
-const fn has_offset(bits: u32, scales: u8) -> bool {
-    is_float(bits) || matches!(scales, OFFSET | NESTED)
+const fn has_offset(scales: u8) -> bool {
+    matches!(scales, OFFSET | NESTED)
 }
 
 /// See [`Product::run`], with activations in tiles.
@@ -98,12 +87,12 @@ unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>) {
                     // SAFETY: the caller's promise; whole tiles of 16 rows are there, and so are four of them.
                     unsafe {
                         let values = x.codes.as_ptr().add(at * TILE_ROWS + few).cast();
-                        add::<BITS, SCALES>(&weights, values, scales.as_ptr().add(few).cast(), sums);
+                        add::<SCALES>(&weights, values, scales.as_ptr().add(few).cast(), sums);
                     }
                 }
             }
         }
-        if const { has_offset(BITS, SCALES) } {
+        if const { has_offset(SCALES) } {
             for (first, sums) in (rows.start..).step_by(TILE).zip(sums.as_chunks_mut().0) {
                 add_offsets(x, first, &offsets, sums);
             }
@@ -148,7 +137,7 @@ fn add_offsets(x: &Activations, first: usize, offsets: &[[__m256; SIDES]], sums:
 /// [`PAIRS`] pairs for each row at `values`, and what they mean at `scales`.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn add<const BITS: u32, const SCALES: u8>(
+unsafe fn add<const SCALES: u8>(
     weights: &Block,
     values: *const [i32; PAIRS],
     scales: *const [f32; TILE],
@@ -160,16 +149,14 @@ unsafe fn add<const BITS: u32, const SCALES: u8>(
     for part in 0..parts {
         let first = part * PAIRS / parts;
         // SAFETY: the caller's promise.
-        let dots = unsafe {
-            dots::<BITS, SCALES>(weights.codes.as_ptr().add(first), values.cast::<i32>().add(first))
-        };
+        let dots =
+            unsafe { dots::<SCALES>(weights.codes.as_ptr().add(first), values.cast::<i32>().add(first)) };
         // Indexed: iterators over arrays of vectors leave registers.
         for row in 0..TILE {
             let scale = _mm256_set1_ps(scales[row]);
             for side in 0..SIDES {
                 let at = sums[row][8 * side..].as_mut_ptr();
-                let (dot, raised) = (dots[row][side], weights.raised[part][side]);
-                let dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, raised));
+                let dot = _mm256_cvtepi32_ps(dots[row][side]);
                 let scale = _mm256_mul_ps(weights.scales[part][side], scale);
                 // SAFETY: 8 floats.
                 unsafe { _mm256_storeu_ps(at, _mm256_fmadd_ps(dot, scale, _mm256_loadu_ps(at))) }
@@ -187,13 +174,13 @@ unsafe fn add<const BITS: u32, const SCALES: u8>(
 /// As many pairs for each row at `values`, [`PAIRS`] from row to row.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dots<const BITS: u32, const SCALES: u8>(
+unsafe fn dots<const SCALES: u8>(
     codes: *const [__m256i; SIDES],
     values: *const i32,
 ) -> [[__m256i; SIDES]; TILE] {
     let mut d = [[_mm256_undefined_si256(); SIDES]; TILE];
     macro_rules! row {
-        (first, $add:literal, $pair:literal, $row:literal, $a:literal, $b:literal) => {
+        (first, $pair:literal, $row:literal, $a:literal, $b:literal) => {
             concat!(
                 "vpbroadcastd {pair}, dword ptr [{x} + 4 * ",
                 $pair,
@@ -208,7 +195,7 @@ unsafe fn dots<const BITS: u32, const SCALES: u8>(
                 "}, {right}, {pair}\n",
             )
         };
-        (next, $add:literal, $pair:literal, $row:literal, $a:literal, $b:literal) => {
+        (next, $pair:literal, $row:literal, $a:literal, $b:literal) => {
             concat!(
                 "vpbroadcastd {pair}, dword ptr [{x} + 4 * ",
                 $pair,
@@ -217,14 +204,12 @@ unsafe fn dots<const BITS: u32, const SCALES: u8>(
                 "]\n",
                 "vpmaddwd {product}, {left}, {pair}\n",
                 "vpmaddwd {pair}, {right}, {pair}\n",
-                $add,
-                " {",
+                "vpaddd {",
                 $a,
                 "}, {",
                 $a,
                 "}, {product}\n",
-                $add,
-                " {",
+                "vpaddd {",
                 $b,
                 "}, {",
                 $b,
@@ -233,7 +218,7 @@ unsafe fn dots<const BITS: u32, const SCALES: u8>(
         };
     }
     macro_rules! pair {
-        ($which:ident, $add:literal, $pair:literal) => {
+        ($which:ident, $pair:literal) => {
             concat!(
                 "vmovdqa {left}, ymmword ptr [{w} + 64 * ",
                 $pair,
@@ -241,18 +226,18 @@ unsafe fn dots<const BITS: u32, const SCALES: u8>(
                 "vmovdqa {right}, ymmword ptr [{w} + 64 * ",
                 $pair,
                 " + 32]\n",
-                row!($which, $add, $pair, 0, "a0", "b0"),
-                row!($which, $add, $pair, 64, "a1", "b1"),
-                row!($which, $add, $pair, 128, "a2", "b2"),
-                row!($which, $add, $pair, 192, "a3", "b3"),
+                row!($which, $pair, 0, "a0", "b0"),
+                row!($which, $pair, 64, "a1", "b1"),
+                row!($which, $pair, 128, "a2", "b2"),
+                row!($which, $pair, 192, "a3", "b3"),
             )
         };
     }
     macro_rules! run {
-        ($add:literal, $($pair:literal)*) => {
+        ($($pair:literal)*) => {
             asm!(
-                pair!(first, $add, 0),
-                $(pair!(next, $add, $pair),)*
+                pair!(first, 0),
+                $(pair!(next, $pair),)*
                 w = in(reg) codes,
                 x = in(reg) values,
                 left = out(ymm_reg) _,
@@ -273,12 +258,10 @@ unsafe fn dots<const BITS: u32, const SCALES: u8>(
     }
     // SAFETY: the caller's promise.
     unsafe {
-        if is_float(BITS) {
-            run!("vaddps", 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
-        } else if SCALES == HALVES {
-            run!("vpaddd", 1 2 3 4 5 6 7);
+        if SCALES == HALVES {
+            run!(1 2 3 4 5 6 7);
         } else {
-            run!("vpaddd", 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+            run!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
         }
     }
     d
@@ -301,7 +284,7 @@ unsafe fn open<const BITS: u32, const SCALES: u8>(
     let layout = const { layout_of::<BITS, SCALES>() };
     prefetch::<BITS, SCALES, TILE>(group.codes.as_ptr(), block);
     let parts = if SCALES == HALVES { 2 } else { 1 };
-    let bias = _mm256_set1_epi16(if is_float(BITS) { 0 } else { layout.bias as i16 });
+    let bias = _mm256_set1_epi16(layout.bias as i16);
     // SAFETY: the caller's promise.
     unsafe {
         let codes = group.codes.as_ptr().add(block * layout.code_bytes());
@@ -310,15 +293,11 @@ unsafe fn open<const BITS: u32, const SCALES: u8>(
             *offset = scales[1];
             for (part, scale) in scales.into_iter().enumerate().take(parts) {
                 opened.scales[part][side] = scale;
-                let mut sum = _mm256_setzero_si256();
                 for quad in part * PAIRS / 2 / parts..(part + 1) * PAIRS / 2 / parts {
                     let [even, odd] = unpack::<BITS>(codes.add(32 * side), quad);
-                    let (even, odd) = (_mm256_sub_epi16(even, bias), _mm256_sub_epi16(odd, bias));
-                    opened.codes[2 * quad][side] = even;
-                    opened.codes[2 * quad + 1][side] = odd;
-                    sum = _mm256_add_epi16(sum, _mm256_add_epi16(even, odd));
+                    opened.codes[2 * quad][side] = _mm256_sub_epi16(even, bias);
+                    opened.codes[2 * quad + 1][side] = _mm256_sub_epi16(odd, bias);
                 }
-                opened.raised[part][side] = _mm256_madd_epi16(sum, _mm256_set1_epi16(RAISED));
             }
         }
     }
@@ -392,10 +371,9 @@ impl Tile for FewRows {
                             HALVES => half_sum(values.add(t * x.blocks * PAIRS + PAIRS / 2 * part)),
                             _ => run.integer_sum,
                         };
-                        let bias = if is_float(BITS) { 0 } else { -layout.bias * integers };
-                        let bias = _mm256_set1_epi32(bias);
+                        let bias = _mm256_set1_epi32(-layout.bias * integers);
                         for side in 0..SIDES {
-                            if const { has_offset(BITS, SCALES) } {
+                            if const { has_offset(SCALES) } {
                                 offsets[t][side] = _mm256_fmadd_ps(
                                     scales[side][1],
                                     _mm256_set1_ps(run.sum),
@@ -485,10 +463,6 @@ unsafe fn block_scales<const BITS: u32, const SCALES: u8>(
         let (head, own) = const { layout_of::<BITS, SCALES>() }.nested(block);
         let narrow = |at: usize| _mm_loadl_epi64(scales.add(at + 8 * side).cast());
         match SCALES {
-            PLAIN if is_float(BITS) => {
-                let scale = wide(block * 32);
-                [scale, _mm256_mul_ps(scale, _mm256_set1_ps(-8.0))]
-            }
             PLAIN => [wide(block * 32), _mm256_setzero_ps()],
             OFFSET => [wide(block * 64), wide(block * 64 + 32)],
             NESTED => {
