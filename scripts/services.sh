@@ -136,11 +136,15 @@ start() {
 }
 
 pid_of() { # NAME
+  local file program pid
   case $1 in
-    redis) cat "$folder/redis/pid" ;;
-    rabbitmq) cat "$folder/rabbitmq/pid" ;;
-    postgres) head -n 1 "$folder/postgres/data/postmaster.pid" ;;
-  esac 2>/dev/null
+    redis) file=redis/pid program=redis-server ;;
+    rabbitmq) file=rabbitmq/pid program=beam.smp ;;
+    postgres) file=postgres/data/postmaster.pid program=postgres ;;
+  esac
+  { read -r pid <"$folder/$file"; } 2>/dev/null || [[ -n ${pid:-} ]] || return 1
+  # A file may outlive its process, and the number be another's by now.
+  [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "$program" ]] && echo "$pid"
 }
 
 end() { # NAME SIGNAL

@@ -35,8 +35,9 @@ impl Private {
     }
 
     fn start() -> (Self, Services) {
-        let private =
-            Self { folder: PathBuf::from(format!("/var/tmp/stoker-restarts-{}", std::process::id())) };
+        // Always the same, as the ports are: so what a run left behind that was killed is found.
+        let private = Self { folder: PathBuf::from(format!("/var/tmp/stoker-restarts-{PORTS}")) };
+        private.clear();
         let exports = private.script(&["start"]);
         let get = |name: &str| {
             let at = exports.find(&format!("{name}=")).expect("the script says where") + name.len() + 1;
@@ -50,12 +51,16 @@ impl Private {
         };
         (private, services)
     }
+
+    fn clear(&self) {
+        self.script(&["stop"]);
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
 }
 
 impl Drop for Private {
     fn drop(&mut self) {
-        self.script(&["stop"]);
-        let _ = std::fs::remove_dir_all(&self.folder);
+        self.clear();
     }
 }
 
