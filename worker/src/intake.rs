@@ -35,7 +35,12 @@ pub(crate) async fn run(shared: Arc<Shared>, served: Arc<Served>, lane: Lane) {
         }
     }
     consumer.stop();
+    // Given back once no more come: before that they would come to this consumer again, as often as a message may.
+    let mut late = Vec::new();
     while let Some(delivery) = consumer.deliveries.recv().await {
+        late.push(delivery);
+    }
+    for delivery in late {
         let _ = delivery.receipt.nack(true).await;
     }
     // What was delivered can be settled as long as the consumer lives.

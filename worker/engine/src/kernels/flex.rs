@@ -59,10 +59,10 @@ impl Cpu {
         let mut out = self.buffer(rows * cols);
         let mut ready = self.ready.borrow_mut();
         ready.of = None;
-        // What one thread quantises takes no pass of its own, and it has it at hand then.
-        let wanted = self.quantises.get() && rows * cols >= 2 * cpu::WORTH_QUANTISING;
-        let quantiser = (wanted && cols.is_multiple_of(cpu::format::BLOCK))
-            .then(|| ready.activations.begin(&self.pool, rows, cols));
+        let quantiser = match self.quantises.get() {
+            true => ready.activations.begin_if_worth(&self.pool, rows, cols),
+            false => None,
+        };
         let quantises = quantiser.is_some();
         compute(&mut out, quantiser.as_ref());
         let tensor = FlexTensor::from_data(TensorData::new(out, shape));

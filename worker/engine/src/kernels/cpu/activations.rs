@@ -21,7 +21,7 @@ const SMALLEST: f32 = 1e-30;
 pub(in crate::kernels) const SPAN: usize = 4;
 
 /// Values that are worth another thread.
-pub(crate) const WORTH: usize = 3072;
+const WORTH: usize = 3072;
 
 /// 32 integers `v`.
 /// - AVX-512 and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`; on AVX-512 low ones are at
@@ -93,7 +93,7 @@ impl Activations {
     ///
     /// # Panics
     /// If `cols` is no multiple of 32.
-    pub fn begin(&mut self, pool: &Pool, rows: usize, cols: usize) -> Quantiser<'_> {
+    fn begin(&mut self, pool: &Pool, rows: usize, cols: usize) -> Quantiser<'_> {
         assert!(cols > 0 && cols.is_multiple_of(BLOCK), "{cols} columns are no runs of {BLOCK}");
         let blocks = cols / BLOCK;
         (self.rows, self.blocks) = (rows, blocks);
@@ -118,6 +118,13 @@ impl Activations {
         Quantiser { places, kernel, values, activations: PhantomData }
     }
 
+    /// [`begin`](Self::begin), where that is worth it: what a single thread quantises once it is asked for takes no pass of its own,
+    /// and the thread has it at hand. `None` also where rows are no whole runs.
+    pub fn begin_if_worth(&mut self, pool: &Pool, rows: usize, cols: usize) -> Option<Quantiser<'_>> {
+        let is_worth = rows * cols >= 2 * WORTH && cols.is_multiple_of(BLOCK);
+        is_worth.then(|| self.begin(pool, rows, cols))
+    }
+
     /// Quantises `x`, whole rows of `cols` values, for kernels of the pool's instruction set.
     ///
     /// # Panics
@@ -134,7 +141,7 @@ impl Activations {
     }
 }
 
-/// Quantises parts of activations, see [`Activations::begin`].
+/// Quantises parts of activations, see [`Activations::begin_if_worth`].
 pub struct Quantiser<'a> {
     places: Places,
     kernel: Kernel,
@@ -171,7 +178,7 @@ fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
     }
 }
 
-/// Scale and its reciprocal of a span whose largest magnitude is `largest` and becomes `integer`.
+/// Scale and its reciprocal of a span whose largest magnitude is `largest`.
 #[inline(always)]
 fn scale_of(largest: f32) -> (f32, f32) {
     if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) }

@@ -14,7 +14,6 @@ mod pack;
 mod pool;
 mod rows;
 
-pub(super) use activations::WORTH as WORTH_QUANTISING;
 pub use activations::{Activations, Quantiser};
 pub use attention::{AttentionSpec, attention};
 pub use cache::{Element, KvShape, Rows, append};
