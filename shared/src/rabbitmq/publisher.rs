@@ -38,8 +38,18 @@ const MAX_IN_FLIGHT: usize = 2048;
 /// How often a caller looks whether the broker takes messages again.
 const BLOCKED_PAUSE: Duration = Duration::from_millis(20);
 
-type Confirm = BoxFuture<'static, lapin::Result<Confirmation>>;
+/// What came of a message.
+type Answer = Result<Confirmation, Fault>;
+type Confirm = BoxFuture<'static, Answer>;
 type Verdict = Result<(), PublishError>;
+
+/// Why there is no confirm.
+enum Fault {
+    /// The message was not handed to the socket.
+    NotSent(lapin::Error),
+    /// It was, and the channel or the connection went: it may be in the queue. That can be known before the confirm is waited for.
+    Unconfirmed(lapin::Error),
+}
 
 /// Publishes on one connection.
 pub struct Publisher {
@@ -183,15 +193,17 @@ impl Lane {
         let (channel, exchange, key) = (self.channel.clone(), to.exchange.clone(), to.key.clone());
         let options = BasicPublishOptions { mandatory: to.mandatory, ..Default::default() };
         let properties = properties.with_app_id(mark(number));
-        let mut confirm: Confirm =
-            async move { channel.basic_publish(exchange, key, options, &body, properties).await?.await }
-                .boxed();
+        let mut confirm: Confirm = async move {
+            let sent = channel.basic_publish(exchange, key, options, &body, properties).await;
+            sent.map_err(Fault::NotSent)?.await.map_err(Fault::Unconfirmed)
+        }
+        .boxed();
 
         let mut sent = self.sent.lock();
         // The first poll numbers the message and queues its frames; the task polls it from then on.
         match confirm.poll_unpin(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(Err(error)) => return Err(port_error(error)),
-            Poll::Ready(Ok(confirmation)) => confirm = std::future::ready(Ok(confirmation)).boxed(),
+            Poll::Ready(Err(Fault::NotSent(error))) => return Err(port_error(error)),
+            Poll::Ready(answer) => confirm = std::future::ready(answer).boxed(),
             Poll::Pending => {}
         }
         sent.push(InFlight { number, confirm, caller, _room: room });
@@ -225,7 +237,7 @@ struct Settling {
     sent: Arc<Sent>,
     in_flight: Vec<InFlight>,
     /// Found resolved in the pass before.
-    resolved: Vec<(InFlight, lapin::Result<Confirmation>)>,
+    resolved: Vec<(InFlight, Answer)>,
     returned: HashSet<u64>,
 }
 
@@ -235,9 +247,9 @@ impl Settling {
         loop {
             self.in_flight.append(&mut self.sent.lock());
             let found = self.pass(cx);
-            for (message, confirmation) in std::mem::replace(&mut self.resolved, found) {
+            for (message, answer) in std::mem::replace(&mut self.resolved, found) {
                 let returned = self.returned.remove(&message.number);
-                let _ = message.caller.send(verdict(confirmation, returned));
+                let _ = message.caller.send(verdict(answer, returned));
             }
             if self.resolved.is_empty() {
                 return Poll::Pending;
@@ -245,29 +257,30 @@ impl Settling {
         }
     }
 
-    fn pass(&mut self, cx: &mut Context<'_>) -> Vec<(InFlight, lapin::Result<Confirmation>)> {
+    fn pass(&mut self, cx: &mut Context<'_>) -> Vec<(InFlight, Answer)> {
         let mut found = Vec::new();
         let mut place = 0;
         while let Some(message) = self.in_flight.get_mut(place) {
-            let Poll::Ready(confirmation) = message.confirm.poll_unpin(cx) else {
+            let Poll::Ready(answer) = message.confirm.poll_unpin(cx) else {
                 place += 1;
                 continue;
             };
-            if let Ok(Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message))) = &confirmation {
+            if let Ok(Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message))) = &answer {
                 self.returned.extend(marked(&message.properties));
             }
-            found.push((self.in_flight.swap_remove(place), confirmation));
+            found.push((self.in_flight.swap_remove(place), answer));
         }
         found
     }
 }
 
-fn verdict(confirmation: lapin::Result<Confirmation>, returned: bool) -> Verdict {
-    match confirmation {
+fn verdict(answer: Answer, returned: bool) -> Verdict {
+    match answer {
         Ok(_) if returned => Err(PublishError::Unroutable),
         Ok(Confirmation::Nack(_)) => Err(PublishError::Full),
         Ok(Confirmation::Ack(_) | Confirmation::NotRequested) => Ok(()),
-        Err(error) => {
+        Err(Fault::NotSent(error)) => Err(port_error(error).into()),
+        Err(Fault::Unconfirmed(error)) => {
             if error.is_amqp_error() {
                 tracing::error!(%error, "RabbitMQ closed a publishing channel");
             }
