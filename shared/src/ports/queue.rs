@@ -130,7 +130,8 @@ pub struct Consumer {
 }
 
 impl Consumer {
-    /// Takes no more deliveries; those that came can still be settled.
+    /// Takes no more deliveries; those that came can still be settled. Until [`Consumer::deliveries`] ends, what is given back may
+    /// come here again.
     pub fn stop(&self) {
         self.stop.cancel();
     }

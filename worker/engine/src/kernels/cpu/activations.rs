@@ -73,8 +73,8 @@ fn worth_tiles(isa: Isa) -> usize {
 }
 
 /// Quantised activations `[rows, blocks]`, or, if there are enough rows, `[tiles of 16 rows, blocks, 16]` for AVX2 and
-/// `[tiles of 16 rows, pairs of blocks, 2, 16]` for AMX. The vectors only grow: a model's products differ in width, and memory that came and went with them would be zeroed each
-/// time.
+/// `[tiles of 16 rows, pairs of blocks, 2, 16]` for AMX. The vectors only grow: a model's products differ in width, and memory that
+/// came and went with them would be zeroed each time.
 #[derive(Default)]
 pub struct Activations {
     pub(super) rows: usize,
