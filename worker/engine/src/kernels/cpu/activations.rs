@@ -439,8 +439,8 @@ pub(super) mod x86 {
                     let sums =
                         _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
                     let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b11_11_01_01>(sums));
-                    let sums = [_mm_cvtsi128_si32(sums), _mm_extract_epi32::<2>(sums)];
-                    let integer_sum = 256 * sums[0] + sums[1];
+                    let [high_sum, low_sum] = [_mm_cvtsi128_si32(sums), _mm_extract_epi32::<2>(sums)];
+                    let integer_sum = 256 * high_sum + low_sum;
                     let (block, sum) = (block + run, scale * integer_sum as f32);
                     let (high_to, low_to) = if TILED {
                         to.put_in_tile(row, block, scale, sum);
@@ -449,7 +449,8 @@ pub(super) mod x86 {
                         let high = codes.cast::<__m256i>().add(block % 2);
                         (high, codes.add(TILE_ROWS).cast::<__m256i>().add(block % 2))
                     } else {
-                        let [upper, centre] = [1 << 16, -8].map(|by| sums.map(|sum| by * sum));
+                        let upper = [high_sum << 16, low_sum << 16];
+                        let centre = [-8 * high_sum, -8 * low_sum];
                         let codes = to.put(row, block, RunScale { scale, sum, integer_sum, upper, centre });
                         (codes.cast(), codes.cast::<__m256i>().add(1))
                     };

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 #[cfg(target_arch = "aarch64")]
 pub(super) use arm::V128;
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{V256, V512};
+pub(super) use x86::{V256, V512, hidden};
 
 /// Sixteen lanes of f32. Loads and stores need no alignment.
 ///
@@ -55,8 +55,8 @@ pub(super) trait Lanes: Copy {
     fn prefetch<T>(at: *const T) {
         let _ = at;
     }
-    /// The same place, but where registers are few compilers are not told so: they read from it again, and do not put sums aside
-    /// to keep what they have read.
+    /// The same place, but on x86 compilers are not told so. They read from it again where registers are few, and do not put sums
+    /// aside to keep what they have read; and they address it by one register, which costs less there.
     #[inline(always)]
     fn again<T>(at: *const T) -> *const T {
         at

@@ -28,8 +28,12 @@ use super::pool::{Pool, share, shrinking};
 
 /// Rows of activations that a kernel takes at once.
 const TILE: usize = 4;
+/// The same for a kernel that has registers for more.
+const WIDE: usize = 8;
 /// Rows of activations that stay in the second-level cache while all weights pass by.
 const PASS: usize = 128;
+/// Bytes of weights that stay in the second-level cache while all rows of activations pass by.
+const KEPT: usize = 256 << 10;
 /// Weights are asked for this many bytes before they are needed: the processor's own prefetching hides a third of the
 /// memory's latency at best. Measured on Zen 5, 4 and 3; too much also runs further into what another thread reads.
 const AHEAD: usize = 12 << 10;
@@ -111,19 +115,31 @@ fn announce(output: *const f32) {
     unsafe { std::arch::asm!("prefetchw [{}]", in(reg) output, options(nostack, preserves_flags)) }
 }
 
-/// Has `tile(group, first, out)` compute the outputs of each group for each few rows, from `first` on, and stores them.
+/// Has `tile(group, first, out)` compute the outputs of each group for each few rows, from `first` on, and stores them: `most`
+/// rows at once as long as there are so many, then up to [`TILE`].
 #[inline(always)]
-fn each_tile(problem: &Problem<'_>, mut tile: impl FnMut(usize, usize, &mut [[f32; LANES]])) {
-    let mut out = [[0.0; LANES]; TILE];
-    for group in problem.groups.clone() {
-        for first in problem.rows.clone().step_by(TILE) {
-            let out = &mut out[..TILE.min(problem.rows.end - first)];
-            tile(group, first, out);
-            for (row, values) in (first..).zip(out.iter()) {
-                problem.put(row, group, values);
+fn each_tile(problem: &Problem<'_>, most: usize, mut tile: impl FnMut(usize, usize, &mut [[f32; LANES]])) {
+    let mut out = [[0.0; LANES]; WIDE];
+    let bytes = problem.w.bytes() / problem.w.groups().max(1);
+    for groups in pieces(problem.groups.clone(), (KEPT / bytes.max(1)).max(1)) {
+        let mut first = problem.rows.start;
+        while first < problem.rows.end {
+            let left = problem.rows.end - first;
+            let out = &mut out[..if left >= most { most } else { left.min(TILE) }];
+            for group in groups.clone() {
+                tile(group, first, out);
+                for (row, values) in (first..).zip(out.iter()) {
+                    problem.put(row, group, values);
+                }
             }
+            first += out.len();
         }
     }
+}
+
+/// A range in pieces of at most `size`.
+fn pieces(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(size).map(move |start| start..(start + size).min(range.end))
 }
 
 thread_local! {
@@ -245,7 +261,7 @@ fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, rows: Range<usize>, grou
         match job.kernel {
             // SAFETY: the kernel is of an instruction set that the pool found to be there.
             Some(kernel) => unsafe { kernel(&problem) },
-            None => each_tile(&problem, |group, first, out| {
+            None => each_tile(&problem, TILE, |group, first, out| {
                 let x = &input.x[first * input.cols..(first + out.len()) * input.cols];
                 let fetch = first == problem.rows.start;
                 floats::tile(isa, job.w.dtype(), job.w.group(group), fetch, x, input.cols, out);

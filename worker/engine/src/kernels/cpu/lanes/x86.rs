@@ -8,6 +8,14 @@ use half::{bf16, f16};
 
 use super::Lanes;
 
+/// The same place, but compilers do not know that it is.
+#[inline(always)]
+#[allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is done with it")]
+pub fn hidden<T>(mut at: *const T) -> *const T {
+    unsafe { asm!("/* {0} */", inout(reg) at, options(nomem, nostack, preserves_flags)) };
+    at
+}
+
 /// AVX-512.
 #[derive(Clone, Copy)]
 pub struct V512(__m512);
@@ -28,6 +36,10 @@ macro_rules! halved {
 
 impl Lanes for V512 {
     const REGISTERS: usize = 32;
+    #[inline(always)]
+    fn again<T>(at: *const T) -> *const T {
+        hidden(at)
+    }
     #[inline(always)]
     fn prefetch<T>(at: *const T) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
@@ -117,10 +129,8 @@ impl Lanes for V256 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
     }
     #[inline(always)]
-    #[allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is done with it")]
-    fn again<T>(mut at: *const T) -> *const T {
-        unsafe { asm!("/* {0} */", inout(reg) at, options(nomem, nostack, preserves_flags)) };
-        at
+    fn again<T>(at: *const T) -> *const T {
+        hidden(at)
     }
     #[inline(always)]
     fn splat(value: f32) -> Self {

@@ -323,6 +323,8 @@ fn keep_order(dots: &mut [__m256i; SIDES]) {
 struct FewRows;
 
 impl Tile for FewRows {
+    const MOST: usize = TILE;
+
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
         group: &Group<'_>,

@@ -5,15 +5,18 @@
 
 use std::arch::x86_64::*;
 
-use super::Group;
 use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Tile, layout_of, prefetch};
+use super::{Group, WIDE};
 use crate::kernels::cpu::activations::{Activations, RunScale};
 use crate::kernels::cpu::format::BLOCK;
+use crate::kernels::cpu::lanes::hidden;
 use crate::kernels::cpu::pack::LANES;
 
 pub(super) struct Avx512;
 
 impl Tile for Avx512 {
+    const MOST: usize = WIDE;
+
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
         group: &Group<'_>,
@@ -34,8 +37,10 @@ impl Tile for Avx512 {
                 let scales = block_scales::<BITS, SCALES>(group.scales.as_ptr(), block);
                 for (t, sum) in sums.iter_mut().enumerate() {
                     let at = (first + t) * x.blocks + block;
-                    let quads = x.codes.as_ptr().add(at).cast::<i32>();
-                    let run = &*x.scales.as_ptr().add(at);
+                    // Addresses of one register: with two, Intel's processors split each product from its load, and half as
+                    // many of them are under way at once.
+                    let quads = hidden(x.codes.as_ptr().add(at)).cast::<i32>();
+                    let run = &*hidden(x.scales.as_ptr().add(at));
                     if SCALES == HALVES {
                         let half = |h: usize| {
                             let bias = half_bias(quads, h, layout.bias);

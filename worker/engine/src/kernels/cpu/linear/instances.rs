@@ -3,12 +3,15 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::AHEAD;
-use super::{Group, Kernel, Problem, TILE, each_tile};
+use super::{Group, Kernel, Problem, TILE, WIDE, each_tile};
 use crate::kernels::cpu::activations::Activations;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::cpu::format::SUPER;
 use crate::kernels::cpu::format::{Layout, Scales, layout};
 use crate::kernels::cpu::pack::LANES;
+
+/// Most blocks of inputs whose activations stay in the first-level cache even with [`WIDE`] rows.
+const NARROW: usize = 32;
 
 /// The kernel of an instruction set.
 pub(super) trait Product {
@@ -21,6 +24,8 @@ pub(super) trait Product {
 
 /// A kernel that takes a group of weights with a few rows of activations, which stay in registers.
 pub(super) trait Tile {
+    /// Rows of the largest tile: [`TILE`], or [`WIDE`] where registers hold the sums of as many.
+    const MOST: usize;
     /// A tile of `T` rows: `out[t]` becomes the outputs of 16 rows of weights for row `first + t` of the activations.
     ///
     /// # Safety
@@ -40,16 +45,18 @@ impl<K: Tile> Product for K {
         assert!(!x.tiled && x.codes.len() >= x.rows * x.blocks && x.scales.len() >= x.rows * x.blocks);
         assert!(problem.rows.end <= x.rows);
         check_layout::<BITS, SCALES>(problem);
-        each_tile(problem, |group, first, out| {
+        let most = if x.blocks <= NARROW { K::MOST } else { TILE };
+        each_tile(problem, most, |group, first, out| {
             let group = &problem.group(group, first);
             // SAFETY: the caller's promise, what was just checked, and what a [`Group`] is.
             unsafe {
                 match out.len() {
+                    WIDE if K::MOST == WIDE => K::rows::<BITS, SCALES, WIDE>(group, x, first, out),
                     1 => K::rows::<BITS, SCALES, 1>(group, x, first, out),
                     2 => K::rows::<BITS, SCALES, 2>(group, x, first, out),
                     3 => K::rows::<BITS, SCALES, 3>(group, x, first, out),
                     4 => K::rows::<BITS, SCALES, 4>(group, x, first, out),
-                    n => unreachable!("a tile of {n} rows of at most {TILE}"),
+                    n => unreachable!("a tile of {n} rows"),
                 }
             }
         });

@@ -7,8 +7,8 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::Group;
 use super::instances::{HALVES, NESTED, OFFSET, PLAIN, Tile, layout_of};
+use super::{Group, TILE};
 use crate::kernels::cpu::activations::Activations;
 use crate::kernels::cpu::lanes::{Lanes, V128};
 use crate::kernels::cpu::pack::LANES;
@@ -16,6 +16,8 @@ use crate::kernels::cpu::pack::LANES;
 pub(super) struct Neon;
 
 impl Tile for Neon {
+    const MOST: usize = TILE;
+
     #[target_feature(enable = "neon,dotprod")]
     unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
         group: &Group<'_>,

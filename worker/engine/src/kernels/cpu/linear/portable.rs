@@ -1,13 +1,13 @@
 //! The tile kernel in plain Rust, which compilers vectorise as far as the target's baseline goes.
 
-use super::{Group, Problem, each_tile};
+use super::{Group, Problem, TILE, each_tile};
 use crate::kernels::cpu::activations::Activations;
 use crate::kernels::cpu::format::{BLOCK, Scales};
 use crate::kernels::cpu::pack::{LANES, block_codes, block_scales};
 
 /// See [`Kernel`](super::Kernel).
 pub(super) fn run(problem: &Problem<'_>) {
-    each_tile(problem, |group, first, out| tile(&problem.group(group, first), problem.x, first, out));
+    each_tile(problem, TILE, |group, first, out| tile(&problem.group(group, first), problem.x, first, out));
 }
 
 /// `out[t]` becomes the outputs of a group for row `first + t` of the activations.

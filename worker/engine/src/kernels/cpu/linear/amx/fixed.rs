@@ -53,7 +53,7 @@ pub(in super::super) unsafe fn run(problem: &Problem<'_>) {
     }
     if !x.tiled {
         assert!(x.codes.len() >= x.rows * x.blocks && x.scales.len() >= x.rows * x.blocks);
-        return each_tile(problem, |group, first, out| {
+        return each_tile(problem, TILE, |group, first, out| {
             let group = &problem.group(group, first);
             // SAFETY: the caller's promise, what was just checked, and what a group is.
             unsafe {
