@@ -118,13 +118,9 @@ unsafe fn rows<L: Lanes, W: Stored, const T: usize, const C: usize>(
                     L::prefetch(ahead.wrapping_add(line));
                 }
             }
-            for s in 0..STEP {
-                step::<L, W, T, C>(weights, x, cols, i + s, s % C, &mut sums);
-            }
+            steps::<L, W, T, C>(weights.add(i * LANES), &x[i..], cols, STEP, &mut sums);
         }
-        for i in whole..cols {
-            step::<L, W, T, C>(weights, x, cols, i, (i - whole) % C, &mut sums);
-        }
+        steps::<L, W, T, C>(weights.add(whole * LANES), &x[whole..], cols, cols - whole, &mut sums);
     }
     for (out, sums) in out.iter_mut().zip(sums) {
         *out = match C {
@@ -135,24 +131,26 @@ unsafe fn rows<L: Lanes, W: Stored, const T: usize, const C: usize>(
     }
 }
 
-/// Adds the products of input `i` to the sums of `chain`.
+/// Adds the products of `count` inputs, of each row those that `x` begins with, to the sums.
 ///
 /// # Safety
-/// As for [`rows`]; `i < cols`.
+/// `count * 16` weights, and `count` values of each row in `x`.
 #[inline(always)]
-unsafe fn step<L: Lanes, W: Stored, const T: usize, const C: usize>(
+unsafe fn steps<L: Lanes, W: Stored, const T: usize, const C: usize>(
     weights: *const W,
     x: &[f32],
     cols: usize,
-    i: usize,
-    chain: usize,
+    count: usize,
     sums: &mut [[L; C]; T],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let weight: L = W::load(weights.add(i * LANES));
-        for (t, sums) in sums.iter_mut().enumerate() {
-            sums[chain] = weight.mul_add(L::splat(*x.get_unchecked(t * cols + i)), sums[chain]);
+        let x: [*const f32; T] = std::array::from_fn(|t| L::again(x.as_ptr().wrapping_add(t * cols)));
+        for i in 0..count {
+            let weight: L = W::load(weights.add(i * LANES));
+            for (x, sums) in x.iter().zip(sums.iter_mut()) {
+                sums[i % C] = weight.mul_add(L::splat(x.add(i).read()), sums[i % C]);
+            }
         }
     }
 }
