@@ -43,10 +43,10 @@ pub(super) struct RunScale {
     pub sum: f32,
     /// Sum of `v`.
     pub integer_sum: i32,
-    /// On AVX-512 and AMX the sum of `high` and that of `low`, in the upper half of 32 bits.
+    /// On AMX the sum of `high` and that of `low`, in the upper half of 32 bits.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX needs them"))]
     pub upper: [i32; 2],
-    /// On these the same sums times -8, which makes codes of 4 bits signed.
+    /// There the same sums times -8, which makes codes of 4 bits signed.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AMX needs them"))]
     pub centre: [i32; 2],
 }
@@ -263,7 +263,9 @@ fn kernel(isa: Isa, tiled: bool) -> Kernel {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx if tiled => x86::avx512::<true>,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => x86::avx512::<false>,
+        Isa::Amx => x86::avx512::<false>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => x86::avx512_fours,
         _ => portable,
     }
 }
@@ -401,6 +403,102 @@ pub(super) mod x86 {
         }
     }
 
+    /// The larger of corresponding lanes of four vectors, as magnitudes: those of the first vector of each four in the first
+    /// lane, and so on.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl")]
+    fn largest_of_each(v: [__m512i; 4]) -> __m128i {
+        let pair = |a, b| _mm512_max_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        let (a, b) = (pair(v[0], v[1]), pair(v[2], v[3]));
+        let four = _mm512_max_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        let two = _mm256_max_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64::<1>(four));
+        _mm_max_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256::<1>(two))
+    }
+
+    /// Sums of four vectors' lanes.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn sum_of_each(v: [__m256i; 4]) -> __m128i {
+        let four = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+        _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256::<1>(four))
+    }
+
+    /// As [`avx512`] for spans of one run and rows that are not in tiles: four runs share what a processor does on single
+    /// numbers, which is most of it. Without [`RunScale::upper`] and what follows it.
+    ///
+    /// # Safety
+    /// As for [`Places::put`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    pub(super) unsafe fn avx512_fours(x: &[f32], first: usize, to: &Places) {
+        debug_assert!(to.span == 1);
+        let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+        let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        let count = x.len() / BLOCK;
+        for start in (0..count).step_by(4) {
+            // The last is done again where there are no four.
+            let runs = [start, start + 1, start + 2, start + 3].map(|run| run.min(count - 1));
+            let mut largest = [_mm512_setzero_si512(); 4];
+            for (largest, run) in largest.iter_mut().zip(runs) {
+                // SAFETY: a run is 32 values.
+                let bits = |i: usize| unsafe {
+                    let bits = _mm512_loadu_si512(x.as_ptr().add(run * BLOCK + 16 * i).cast());
+                    _mm512_and_si512(bits, magnitude)
+                };
+                *largest = _mm512_max_epi32(bits(0), bits(1));
+            }
+            let largest = _mm_castsi128_ps(largest_of_each(largest));
+            let is_zero = _mm_cmp_ps_mask::<_CMP_LT_OQ>(largest, _mm_set1_ps(SMALLEST));
+            let scale = _mm_maskz_mov_ps(!is_zero, _mm_div_ps(largest, _mm_set1_ps(LARGEST)));
+            let inverse = _mm_maskz_mov_ps(!is_zero, _mm_div_ps(_mm_set1_ps(LARGEST), largest));
+            let mut inverses = [0.0; 4];
+            // SAFETY: four values.
+            unsafe { _mm_storeu_ps(inverses.as_mut_ptr(), inverse) };
+            let (mut highs, mut lows) = ([_mm256_setzero_si256(); 4], [_mm256_setzero_si256(); 4]);
+            for (k, run) in runs.into_iter().enumerate() {
+                let inverse = _mm512_set1_ps(inverses[k]);
+                // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
+                unsafe {
+                    let integers = |i: usize| {
+                        let x = _mm512_loadu_ps(x.as_ptr().add(run * BLOCK + 16 * i));
+                        _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse))
+                    };
+                    let v = _mm512_permutexvar_epi64(in_order, _mm512_packs_epi32(integers(0), integers(1)));
+                    let (high, low) = bytes(v);
+                    highs[k] = _mm256_dpbusd_epi32(highs[k], _mm256_set1_epi8(1), high);
+                    lows[k] = _mm256_dpbusd_epi32(lows[k], _mm256_set1_epi8(1), low);
+                    let codes = to.codes.at(first + run).cast::<__m256i>();
+                    _mm256_store_si256(codes, high);
+                    _mm256_store_si256(codes.add(1), low);
+                }
+            }
+            let integers = _mm_add_epi32(_mm_slli_epi32::<8>(sum_of_each(highs)), sum_of_each(lows));
+            let (mut scales, mut sums, mut integer_sums) = ([0.0; 4], [0.0; 4], [0; 4]);
+            // SAFETY: four values each.
+            unsafe {
+                _mm_storeu_ps(scales.as_mut_ptr(), scale);
+                _mm_storeu_ps(sums.as_mut_ptr(), _mm_mul_ps(scale, _mm_cvtepi32_ps(integers)));
+                _mm_storeu_si128(integer_sums.as_mut_ptr().cast(), integers);
+            }
+            for (k, run) in runs.into_iter().enumerate() {
+                // SAFETY: the caller's promise; `begin` made room for all runs.
+                unsafe {
+                    let to = to.scales.at(first + run);
+                    (&raw mut (*to).scale).write(scales[k]);
+                    (&raw mut (*to).sum).write(sums[k]);
+                    (&raw mut (*to).integer_sum).write(integer_sums[k]);
+                }
+            }
+        }
+    }
+
+    /// 32 integers as their high and low bytes, which are signed: the high one is that of `v + 128`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn bytes(v: __m512i) -> (__m256i, __m256i) {
+        let high = _mm512_srai_epi16::<8>(_mm512_add_epi16(v, _mm512_set1_epi16(128)));
+        (_mm512_cvtepi16_epi8(high), _mm256_max_epi8(_mm512_cvtepi16_epi8(v), _mm256_set1_epi8(-127)))
+    }
+
     /// Low bytes are at least -127, which is off by one where -128 would be nearest: 32 products of low bytes with codes of 4
     /// bits less 8 are 16-bit integers then.
     ///
@@ -429,10 +527,7 @@ pub(super) mod x86 {
                         _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(16 * i)), inverse))
                     };
                     let v = _mm512_permutexvar_epi64(in_order, _mm512_packs_epi32(integers(0), integers(1)));
-                    // The low byte counts as signed, so the high one is that of v + 128.
-                    let high = _mm512_srai_epi16::<8>(_mm512_add_epi16(v, _mm512_set1_epi16(128)));
-                    let high = _mm512_cvtepi16_epi8(high);
-                    let low = _mm256_max_epi8(_mm512_cvtepi16_epi8(v), _mm256_set1_epi8(-127));
+                    let (high, low) = bytes(v);
                     let sums =
                         |bytes| _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
                     let sums = _mm256_hadd_epi32(sums(high), sums(low));
