@@ -115,7 +115,8 @@ fn announce(output: *const f32) {
     unsafe { std::arch::asm!("prefetchw [{}]", in(reg) output, options(nostack, preserves_flags)) }
 }
 
-/// Has `tile(group, first, out)` compute the outputs of each group for each few rows, from `first` on, and stores them: `most`
+/// Has `tile(group, first, out)` compute the outputs of each group for each few rows, from `first` on, and stores them. Groups that
+/// stay in the second-level cache pass by each few rows, which so stay in the first: `most`
 /// rows at once as long as there are so many, then up to [`TILE`].
 #[inline(always)]
 fn each_tile(problem: &Problem<'_>, most: usize, mut tile: impl FnMut(usize, usize, &mut [[f32; LANES]])) {
