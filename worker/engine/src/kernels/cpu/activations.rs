@@ -25,7 +25,7 @@ const WORTH: usize = 3072;
 
 /// 32 integers `v`.
 /// - AVX-512 and NEON: 32 bytes `high`, then 32 bytes `low`, both signed, `v = 256 * high + low`; on AVX-512 low ones are at
-///   least -127, see [`x86::avx512`];
+///   least -127, see [`x86::bytes`];
 /// - AMX, in tiles: the same bytes, but those of two blocks together: 64 bytes `high` of each of 16 rows, then `low`;
 /// - AVX2: i16, in each four those with even index first: 0, 2, 1, 3;
 /// - portable: i16 in order.
@@ -491,7 +491,8 @@ pub(super) mod x86 {
         }
     }
 
-    /// 32 integers as their high and low bytes, which are signed: the high one is that of `v + 128`.
+    /// 32 integers as their high and low bytes, which are signed: the high one is that of `v + 128`. Low ones are at least -127,
+    /// which is off by one where -128 would be nearest: 32 products of them with codes of 4 bits less 8 are 16-bit integers then.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     fn bytes(v: __m512i) -> (__m256i, __m256i) {
@@ -499,9 +500,6 @@ pub(super) mod x86 {
         (_mm512_cvtepi16_epi8(high), _mm256_max_epi8(_mm512_cvtepi16_epi8(v), _mm256_set1_epi8(-127)))
     }
 
-    /// Low bytes are at least -127, which is off by one where -128 would be nearest: 32 products of low bytes with codes of 4
-    /// bits less 8 are 16-bit integers then.
-    ///
     /// # Safety
     /// As for [`Places::put`] or [`Places::put_in_tile`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]

@@ -115,9 +115,9 @@ fn announce(output: *const f32) {
     unsafe { std::arch::asm!("prefetchw [{}]", in(reg) output, options(nostack, preserves_flags)) }
 }
 
-/// Has `tile(group, first, out)` compute the outputs of each group for each few rows, from `first` on, and stores them. Groups that
-/// stay in the second-level cache pass by each few rows, which so stay in the first: `most`
-/// rows at once as long as there are so many, then up to [`TILE`].
+/// Has `tile(group, first, out)` compute the outputs of each group for each few rows, from `first` on, and stores them: `most`
+/// rows at once as long as there are so many, then up to [`TILE`]. Groups that stay in the second-level cache pass by each few
+/// rows, which so stay in the first.
 #[inline(always)]
 fn each_tile(problem: &Problem<'_>, most: usize, mut tile: impl FnMut(usize, usize, &mut [[f32; LANES]])) {
     let mut out = [[0.0; LANES]; WIDE];
@@ -256,8 +256,7 @@ fn run(pool: &Pool, input: &Input<'_>, jobs: &[Job<'_>]) {
 
 /// A range of rows of activations with a range of groups of one matrix.
 fn multiply(isa: Isa, input: &Input<'_>, job: &Job<'_>, rows: Range<usize>, groups: Range<usize>) {
-    for pass in rows.clone().step_by(PASS) {
-        let rows = pass..(pass + PASS).min(rows.end);
+    for rows in pieces(rows, PASS) {
         let problem = Problem { w: job.w, groups: groups.clone(), x: input.quantised, rows, y: job.y };
         match job.kernel {
             // SAFETY: the kernel is of an instruction set that the pool found to be there.
