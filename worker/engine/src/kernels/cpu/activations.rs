@@ -66,7 +66,7 @@ pub(super) const TILE_ROWS: usize = 16;
 /// idle; with AVX2 it is when opening blocks is cheaper than to unpack them for each four.
 fn worth_tiles(isa: Isa) -> usize {
     match isa {
-        Isa::Amx => 6,
+        Isa::Amx => 9,
         Isa::Avx2 => 8,
         _ => usize::MAX,
     }
@@ -180,7 +180,7 @@ fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
 
 /// Scale and its reciprocal of a span whose largest magnitude is `largest`.
 #[inline(always)]
-fn scale_of(largest: f32) -> (f32, f32) {
+pub(super) fn scale_of(largest: f32) -> (f32, f32) {
     if largest < SMALLEST { (0.0, 0.0) } else { (largest / LARGEST, LARGEST / largest) }
 }
 
@@ -261,11 +261,11 @@ fn kernel(isa: Isa, tiled: bool) -> Kernel {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => x86::avx2::<false>,
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx if tiled => x86::avx512::<true>,
+        Isa::Amx if tiled => x86::amx::<true>,
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx => x86::avx512::<false>,
+        Isa::Amx => x86::amx::<false>,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => x86::avx512_fours,
+        Isa::Avx512 => x86::avx512,
         _ => portable,
     }
 }
@@ -423,13 +423,13 @@ pub(super) mod x86 {
         _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256::<1>(four))
     }
 
-    /// As [`avx512`] for spans of one run and rows that are not in tiles: four runs share what a processor does on single
-    /// numbers, which is most of it. Without [`RunScale::upper`] and what follows it.
+    /// For spans of one run and rows that are not in tiles: four runs share what a processor does on single numbers, which is
+    /// most of it. Without [`RunScale::upper`] and what follows it.
     ///
     /// # Safety
     /// As for [`Places::put`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub(super) unsafe fn avx512_fours(x: &[f32], first: usize, to: &Places) {
+    pub(super) unsafe fn avx512(x: &[f32], first: usize, to: &Places) {
         debug_assert!(to.span == 1);
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
         let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
@@ -500,59 +500,100 @@ pub(super) mod x86 {
         (_mm512_cvtepi16_epi8(high), _mm256_max_epi8(_mm512_cvtepi16_epi8(v), _mm256_set1_epi8(-127)))
     }
 
+    /// Transposes four vectors of four lanes.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn transposed(v: [__m128i; 4]) -> [__m128i; 4] {
+        let (a, b) = (_mm_unpacklo_epi32(v[0], v[1]), _mm_unpackhi_epi32(v[0], v[1]));
+        let (c, d) = (_mm_unpacklo_epi32(v[2], v[3]), _mm_unpackhi_epi32(v[2], v[3]));
+        [
+            _mm_unpacklo_epi64(a, c),
+            _mm_unpackhi_epi64(a, c),
+            _mm_unpacklo_epi64(b, d),
+            _mm_unpackhi_epi64(b, d),
+        ]
+    }
+
+    /// For spans of four runs: their sums are taken together.
+    ///
     /// # Safety
     /// As for [`Places::put`] or [`Places::put_in_tile`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub(super) unsafe fn avx512<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
+    pub(super) unsafe fn amx<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
+        debug_assert!(to.span == SPAN && SPAN == 4);
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
         let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
         for (row, block, x) in to.spans(x, first) {
+            let count = x.len() / BLOCK;
+            // The last is done again where there are no four.
+            let runs = [0, 1, 2, 3].map(|run: usize| run.min(count - 1));
             let mut largest = [_mm512_setzero_si512(); 2];
-            for x in x.chunks_exact(BLOCK) {
+            for run in runs {
                 for (i, largest) in largest.iter_mut().enumerate() {
                     // SAFETY: a run is 32 values.
-                    let bits = unsafe { _mm512_loadu_si512(x.as_ptr().add(16 * i).cast()) };
+                    let bits = unsafe { _mm512_loadu_si512(x.as_ptr().add(run * BLOCK + 16 * i).cast()) };
                     *largest = _mm512_max_epi32(*largest, _mm512_and_si512(bits, magnitude));
                 }
             }
             let largest = _mm512_reduce_max_epi32(_mm512_max_epi32(largest[0], largest[1]));
             let (scale, inverse) = scale_of(f32::from_bits(largest as u32));
             let inverse = _mm512_set1_ps(inverse);
-            for (run, x) in x.chunks_exact(BLOCK).enumerate() {
+            let (mut highs, mut lows) = ([_mm256_setzero_si256(); SPAN], [_mm256_setzero_si256(); SPAN]);
+            for (k, run) in runs.into_iter().enumerate() {
                 // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
                 unsafe {
                     let integers = |i: usize| {
-                        _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(16 * i)), inverse))
+                        let x = _mm512_loadu_ps(x.as_ptr().add(run * BLOCK + 16 * i));
+                        _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse))
                     };
                     let v = _mm512_permutexvar_epi64(in_order, _mm512_packs_epi32(integers(0), integers(1)));
                     let (high, low) = bytes(v);
-                    let sums =
-                        |bytes| _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
-                    let sums = _mm256_hadd_epi32(sums(high), sums(low));
-                    let sums =
-                        _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
-                    let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b11_11_01_01>(sums));
-                    let [high_sum, low_sum] = [_mm_cvtsi128_si32(sums), _mm_extract_epi32::<2>(sums)];
-                    let integer_sum = 256 * high_sum + low_sum;
-                    let (block, sum) = (block + run, scale * integer_sum as f32);
+                    highs[k] = _mm256_dpbusd_epi32(highs[k], _mm256_set1_epi8(1), high);
+                    lows[k] = _mm256_dpbusd_epi32(lows[k], _mm256_set1_epi8(1), low);
+                    let block = block + run;
                     let (high_to, low_to) = if TILED {
-                        to.put_in_tile(row, block, scale, sum);
                         let pair = row / TILE_ROWS * to.blocks.div_ceil(2) + block / 2;
-                        let codes = to.codes.at(2 * TILE_ROWS * pair + row % TILE_ROWS);
-                        let high = codes.cast::<__m256i>().add(block % 2);
-                        (high, codes.add(TILE_ROWS).cast::<__m256i>().add(block % 2))
+                        let codes = to.codes.at(2 * TILE_ROWS * pair + row % TILE_ROWS).cast::<__m256i>();
+                        (codes.add(block % 2), codes.add(2 * TILE_ROWS + block % 2))
                     } else {
-                        let upper = [high_sum << 16, low_sum << 16];
-                        let centre = [-8 * high_sum, -8 * low_sum];
-                        let codes = to.put(row, block, RunScale { scale, sum, integer_sum, upper, centre });
-                        (codes.cast(), codes.cast::<__m256i>().add(1))
+                        let codes = to.codes.at(row * to.blocks + block).cast::<__m256i>();
+                        (codes, codes.add(1))
                     };
                     _mm256_store_si256(high_to, high);
                     _mm256_store_si256(low_to, low);
                 }
             }
+            let (highs, lows) = (sum_of_each(highs), sum_of_each(lows));
+            let integers = _mm_add_epi32(_mm_slli_epi32::<8>(highs), lows);
+            let sums = _mm_mul_ps(_mm_set1_ps(scale), _mm_cvtepi32_ps(integers));
+            if TILED {
+                let mut each = [0.0; SPAN];
+                // SAFETY: four values; the rest is the caller's promise.
+                unsafe {
+                    _mm_storeu_ps(each.as_mut_ptr(), sums);
+                    for (run, sum) in each.into_iter().enumerate().take(count) {
+                        to.put_in_tile(row, block + run, scale, sum);
+                    }
+                }
+                continue;
+            }
+            let eighth = |v| _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32::<3>(v));
+            let (upper_high, upper_low) = (_mm_slli_epi32::<16>(highs), _mm_slli_epi32::<16>(lows));
+            let scales = _mm_castps_si128(_mm_set1_ps(scale));
+            let begins = transposed([scales, _mm_castps_si128(sums), integers, upper_high]);
+            let ends = transposed([upper_low, eighth(highs), eighth(lows), _mm_setzero_si128()]);
+            for (run, (begin, end)) in begins.into_iter().zip(ends).enumerate().take(count) {
+                // SAFETY: the caller's promise; the fields of a scale, in order.
+                unsafe {
+                    let to = to.scales.at(row * to.blocks + block + run).cast::<i32>();
+                    _mm_storeu_si128(to.cast(), begin);
+                    _mm_mask_storeu_epi32(to.add(4), 0b0111, end);
+                }
+            }
         }
     }
+
+    const _: () = assert!(size_of::<RunScale>() == 28 && std::mem::offset_of!(RunScale, upper) == 12);
 }
 
 #[cfg(test)]

@@ -67,27 +67,19 @@ impl Product for Amx {
             // SAFETY: the caller's promise, and what was just checked.
             unsafe {
                 let panels = [a.as_mut_ptr().cast(), b.as_mut_ptr().cast()];
-                // A tile that is half empty takes half the time.
-                if x.rows <= TILE_ROWS / 2 {
-                    groups::<BITS, SCALES, { TILE_ROWS / 2 }>(problem, panels);
-                } else {
-                    groups::<BITS, SCALES, TILE_ROWS>(problem, panels);
-                }
+                groups::<BITS, SCALES>(problem, panels);
             }
         });
     }
 }
 
-/// See [`Product::run`], with tiles of which `ROWS` rows are used.
+/// See [`Product::run`], by tiles.
 ///
 /// # Safety
 /// The instruction set is there. The activations are in tiles, the problem is not empty and its rows begin with a tile;
 /// each of `panels` has room for the codes of a group.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
-    problem: &Problem<'_>,
-    panels: [*mut u8; 2],
-) {
+unsafe fn groups<const BITS: u32, const SCALES: u8>(problem: &Problem<'_>, panels: [*mut u8; 2]) {
     let (x, rows) = (problem.x, &problem.rows);
     // Halves of blocks have scales of their own in one format.
     let parts = if SCALES == HALVES { 2 } else { 1 };
@@ -105,7 +97,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
     };
     // SAFETY: the caller's promise: all pointers stay within a panel, a tile's activations and the staged sums.
     unsafe {
-        let _in_use = Configured::new(ROWS as u8, 32 / parts as u8, 6);
+        let _in_use = Configured::new(32 / parts as u8, 6);
         let mut next = Next { panel: panels[0], activations: activations(rows.start) };
         let (codes, mut scales) = weights(problem.groups.start);
         for block in 0..x.blocks {
@@ -119,7 +111,7 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
             for first in rows.clone().step_by(TILE_ROWS) {
                 let last_tile = first + TILE_ROWS >= rows.end;
                 let tile = x.tiles[first / TILE_ROWS * x.blocks..].as_ptr();
-                for row in (first..rows.end).take(ROWS) {
+                for row in (first..rows.end).take(TILE_ROWS) {
                     announce(problem.y.at(row * problem.w.rows() + (group + 1) * LANES - 1));
                 }
                 let mut sums = [_mm512_setzero_ps(); TILE_ROWS];
@@ -142,19 +134,13 @@ unsafe fn groups<const BITS: u32, const SCALES: u8, const ROWS: usize>(
                         } else {
                             next.multiply(count + 1, staged[count % 2]);
                         }
-                        add::<SCALES, ROWS>(
-                            &mut sums,
-                            staged[count % 2].cast(),
-                            scales,
-                            part,
-                            &*tile.add(block),
-                        );
+                        add::<SCALES>(&mut sums, staged[count % 2].cast(), scales, part, &*tile.add(block));
                         count += 1;
                     }
                 }
                 macro_rules! put {
                     ($($t:literal)*) => {$(
-                        if $t < ROWS && first + $t < rows.end {
+                        if first + $t < rows.end {
                             let mut out = [0.0; LANES];
                             _mm512_storeu_ps(out.as_mut_ptr(), sums[$t]);
                             problem.put(first + $t, group, &out);
@@ -196,7 +182,7 @@ unsafe fn open<const BITS: u32, const SCALES: u8>(codes: *const u8, block: usize
 /// The instruction set is there, and the tiles of sums at `staged`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn add<const SCALES: u8, const ROWS: usize>(
+unsafe fn add<const SCALES: u8>(
     sums: &mut [__m512; TILE_ROWS],
     staged: *const f32,
     scales: [__m512; 2],
@@ -207,7 +193,7 @@ unsafe fn add<const SCALES: u8, const ROWS: usize>(
     // the sum of both.
     let begin = _mm512_set1_ps(f32::from_bits(BEGIN[0]) + f32::from_bits(BEGIN[1]));
     macro_rules! rows {
-        ($($t:literal)*) => {$(if $t < ROWS {
+        ($($t:literal)*) => {$({
             // SAFETY: the caller's promise.
             let (high, low) = unsafe {
                 (_mm512_load_ps(staged.add(LANES * $t)), _mm512_load_ps(staged.add(LANES * (TILE_ROWS + $t))))
@@ -318,7 +304,7 @@ impl Next {
 
 /// The tiles' shapes, as the instruction that sets them wants them; and that they are set, for as long as this lives.
 #[repr(C, align(64))]
-struct Configured {
+pub(in crate::kernels::cpu) struct Configured {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -327,17 +313,17 @@ struct Configured {
 }
 
 impl Configured {
-    /// For products of `count` rows of activations over `inputs` inputs. The tiles from number `weights` on are weights, the two
+    /// For products of 16 rows of activations over `inputs` inputs. The tiles from number `weights` on are weights, the two
     /// before them activations or sums if these are as wide, the others sums.
     ///
     /// # Safety
     /// The instruction set is there.
-    unsafe fn new(count: u8, inputs: u8, weights: usize) -> Configured {
+    pub unsafe fn new(inputs: u8, weights: usize) -> Configured {
         let mut row_bytes = [0; 16];
         let mut rows = [0; 16];
         row_bytes[..8].fill(64);
         row_bytes[weights - 2..weights].fill(inputs.into());
-        rows[..weights].fill(count);
+        rows[..weights].fill(TILE_ROWS as u8);
         rows[weights..8].fill(inputs / 4);
         let shapes = Configured { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
         // SAFETY: the caller's promise; 64 bytes, and shapes within a tile's limits.

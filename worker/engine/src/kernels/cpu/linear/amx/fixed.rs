@@ -2,23 +2,29 @@
 //! integers, as activations are, and the products of both's bytes are summed on tiles over all the inputs that share a unit.
 //!
 //! A step is 64 inputs of 16 rows of weights and of activations: four products of tiles, into three sums (of the high bytes, of
-//! high and low ones, of the low bytes). A product occupies the unit for tiles for 16 cycles. Meanwhile the sums of the 16 rows
-//! before are stored and added up, and the weights of the next group are opened, a part with each step. What is in use has to
-//! stay in the first-level cache, or loading tiles takes longer than multiplying them: hence one group at a time.
+//! high and low ones, of the low bytes). A span's weights, four tiles, stay in registers while rows of activations pass by, which
+//! are loaded to one more: loading tiles is what takes long where another thread uses the same core. A product occupies the unit for
+//! tiles for 16 cycles. Meanwhile the sums of the 16 rows before are added up, and the weights of the next span are opened, a part
+//! after each two products.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
 use super::super::avx512::{or_and, unpack};
-use super::super::instances::{OFFSET, check_layout, layout_of, prefetch};
-use super::super::{Group, PASS, Problem, TILE, announce, each_tile};
+use super::super::instances::{OFFSET, Product, Tile, check_layout, layout_of, prefetch};
+use super::super::{Group, PASS, Problem, WIDE, announce};
 use super::{Configured, PAIR, Rows};
 use crate::kernels::cpu::activations::{Activations, SPAN, TILE_ROWS};
+use crate::kernels::cpu::lanes::hidden;
 use crate::kernels::cpu::pack::{LANES, exponents};
 
 /// Pairs of blocks of a span: steps.
 const STEPS: usize = SPAN / 2;
+/// Parts that a tile's work is done in, one after each two products.
+const PARTS: usize = 2 * STEPS;
+/// Vectors of codes of a block.
+const QUARTERS: usize = 4;
 /// Bytes of a tile.
 const TILE_BYTES: usize = 1024;
 /// Tiles of sums.
@@ -52,19 +58,8 @@ pub(in super::super) unsafe fn run(problem: &Problem<'_>) {
         return;
     }
     if !x.tiled {
-        assert!(x.codes.len() >= x.rows * x.blocks && x.scales.len() >= x.rows * x.blocks);
-        return each_tile(problem, TILE, |group, first, out| {
-            let group = &problem.group(group, first);
-            // SAFETY: the caller's promise, what was just checked, and what a group is.
-            unsafe {
-                match out.len() {
-                    1 => few::<1>(group, x, first, out),
-                    2 => few::<2>(group, x, first, out),
-                    3 => few::<3>(group, x, first, out),
-                    _ => few::<TILE>(group, x, first, out),
-                }
-            }
-        });
+        // SAFETY: the caller's promise.
+        return unsafe { Few::run::<4, OFFSET>(problem) };
     }
     let tiles = rows.end.div_ceil(TILE_ROWS);
     assert!(rows.start.is_multiple_of(TILE_ROWS) && rows.len() <= PASS);
@@ -75,26 +70,21 @@ pub(in super::super) unsafe fn run(problem: &Problem<'_>) {
         let memory = memory.get_or_insert_with(|| unsafe { Box::<Memory>::new_zeroed().assume_init() });
         // SAFETY: the caller's promise, and what was just checked.
         unsafe {
-            // A tile that is half empty takes half the time.
-            if x.rows <= TILE_ROWS / 2 {
-                by_tiles::<{ TILE_ROWS / 2 }>(problem, memory);
-            } else {
-                by_tiles::<TILE_ROWS>(problem, memory);
-            }
+            by_tiles(problem, memory);
         }
     });
 }
 
-/// See [`run`], with tiles of which `ROWS` rows are used.
+/// See [`run`], by tiles.
 ///
 /// # Safety
 /// As for [`run`]; the activations are in tiles, the problem is not empty and its rows, [`PASS`] at most, begin with a tile.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn by_tiles<const ROWS: usize>(problem: &Problem<'_>, memory: &mut Memory) {
+unsafe fn by_tiles(problem: &Problem<'_>, memory: &mut Memory) {
     let (x, rows) = (problem.x, &problem.rows);
     let tiles = rows.len().div_ceil(TILE_ROWS);
-    // So many blocks a step have the next piece open in time.
-    let each = SPAN.div_ceil(tiles * STEPS);
+    // So many parts with each of a tile's have the next piece open in time.
+    let each = (SPAN * QUARTERS).div_ceil(tiles * PARTS);
     let activations = x.codes.as_ptr().cast::<u8>();
     let Memory { panels, staged, sums } = memory;
     let panels = panels.each_mut().map(|panel| panel.as_mut_ptr().cast::<u8>());
@@ -102,12 +92,10 @@ unsafe fn by_tiles<const ROWS: usize>(problem: &Problem<'_>, memory: &mut Memory
     let sums = sums.0.as_mut_ptr().cast::<f32>();
     // SAFETY: the caller's promise: all pointers stay within a panel, a tile's activations and the staged sums.
     unsafe {
-        let _in_use = Configured::new(ROWS as u8, 64, 7);
+        let _in_use = Configured::new(64, 4);
         let mut piece = Piece::new(problem, problem.groups.start, 0, panels[0]);
-        piece.open(0, SPAN);
+        piece.open(0, SPAN * QUARTERS);
         let mut before = Sums { rows: 0, ..Sums::new(problem, &piece, rows.start, staged, sums) };
-        // Two sets of tiles in turn, so that one is stored while the other is added to.
-        let mut set = 0;
         let mut panel = 0;
         loop {
             panel = 1 - panel;
@@ -115,7 +103,6 @@ unsafe fn by_tiles<const ROWS: usize>(problem: &Problem<'_>, memory: &mut Memory
             let mut opened = 0;
             for first in rows.clone().step_by(TILE_ROWS) {
                 let at = first / TILE_ROWS * x.blocks.div_ceil(2) + piece.span / 2;
-                let activations = activations.add(at * PAIR);
                 let current = Sums::new(problem, &piece, first, staged, sums);
                 let open = || {
                     if let Some(next) = &next {
@@ -123,125 +110,171 @@ unsafe fn by_tiles<const ROWS: usize>(problem: &Problem<'_>, memory: &mut Memory
                         opened += each;
                     }
                 };
-                match set {
-                    0 => tile::<0, ROWS>(&piece, activations, &current, &before, open),
-                    _ => tile::<1, ROWS>(&piece, activations, &current, &before, open),
+                if first == rows.start {
+                    tile::<true>(&piece, activations.add(at * PAIR), &current, &before, open);
+                } else {
+                    tile::<false>(&piece, activations.add(at * PAIR), &current, &before, open);
                 }
                 before = current;
-                set = 1 - set;
             }
             match next {
                 Some(next) => piece = next,
                 None => break,
             }
         }
-        match set {
-            0 => store::<1>(staged),
-            _ => store::<0>(staged),
-        }
-        (0..STEPS).for_each(|step| before.add::<ROWS>(step));
+        (0..PARTS).for_each(|part| before.add(part));
     }
 }
 
-/// Multiplies a piece with 16 rows of activations, the sums being `current`; adds up the sums of `before`, and opens what comes next.
+/// Adds the products of a tile of activations with high and low bytes of weights to two sums.
+macro_rules! multiply {
+    ($activations:ident, $at:literal, $high:literal, $low:literal, $by_high:literal, $by_low:literal) => {
+        asm!(
+            concat!("tileloadd tmm3, [{x} + {line} + ", $at, "]"),
+            concat!("tdpbssd ", $by_high, ", tmm3, ", $high),
+            concat!("tdpbsud ", $by_low, ", tmm3, ", $low),
+            x = in(reg) $activations,
+            line = in(reg) 64usize,
+            options(nostack, readonly, preserves_flags),
+        )
+    };
+}
+
+/// Loads a step's weights, high and low bytes.
+macro_rules! load_weights {
+    ($piece:ident, $at:literal, $high:literal, $low:literal) => {
+        asm!(
+            concat!("tileloadd ", $high, ", [{w} + {line} + ", $at, "]"),
+            concat!("tileloadd ", $low, ", [{w} + {line} + 1024 + ", $at, "]"),
+            w = in(reg) $piece.panel,
+            line = in(reg) 64usize,
+            options(nostack, readonly, preserves_flags),
+        )
+    };
+}
+
+/// Multiplies a piece with 16 rows of activations, the sums being `current`; adds up the sums of `before`, and opens what comes
+/// next. The piece's weights are loaded if it is the `FIRST` to use them.
 ///
 /// # Safety
 /// The instruction set is there and the tiles are configured; there are as many activations.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn tile<const SET: usize, const ROWS: usize>(
+unsafe fn tile<const FIRST: bool>(
     piece: &Piece,
     activations: *const u8,
     current: &Sums,
     before: &Sums,
     mut open: impl FnMut(),
 ) {
-    let steps = piece.blocks.div_ceil(2);
-    macro_rules! steps {
-        ($($step:literal)*) => {$(
-            // SAFETY: the caller's promise.
-            unsafe {
-                if $step < steps {
-                    multiply::<SET>(activations.add($step * PAIR), piece.panel.add($step * 2 * TILE_BYTES));
-                }
-                if $step == 0 {
-                    // The other set's.
-                    match SET {
-                        0 => store::<1>(before.tiles),
-                        _ => store::<0>(before.tiles),
-                    }
-                }
-                open();
-                current.announce::<ROWS>($step);
-                before.add::<ROWS>($step);
+    let whole = piece.blocks.div_ceil(2) == STEPS;
+    let mut meanwhile = |part: usize| {
+        open();
+        current.announce(part);
+        // SAFETY: the caller's promise.
+        unsafe { before.add(part) }
+    };
+    // SAFETY: the caller's promise. Steps are written out, so that nothing is left to decide.
+    unsafe {
+        asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", options(nostack, nomem, preserves_flags));
+        if FIRST {
+            load_weights!(piece, "0", "tmm4", "tmm5");
+        }
+        multiply!(activations, "0", "tmm4", "tmm5", "tmm0", "tmm1");
+        meanwhile(0);
+        multiply!(activations, "1024", "tmm4", "tmm5", "tmm1", "tmm2");
+        meanwhile(1);
+        if whole {
+            // Not before, or products would have to wait for these, too.
+            if FIRST {
+                load_weights!(piece, "2048", "tmm6", "tmm7");
             }
-        )*};
+            multiply!(activations, "2048", "tmm6", "tmm7", "tmm0", "tmm1");
+        }
+        meanwhile(2);
+        if whole {
+            multiply!(activations, "3072", "tmm6", "tmm7", "tmm1", "tmm2");
+        }
+        meanwhile(3);
+        asm!(
+            "tilestored [{to} + {line}], tmm0",
+            "tilestored [{to} + {line} + 1024], tmm1",
+            "tilestored [{to} + {line} + 2048], tmm2",
+            to = in(reg) current.tiles,
+            line = in(reg) 64usize,
+            options(nostack, preserves_flags),
+        );
     }
-    // SAFETY: the caller's promise.
-    unsafe { zero::<SET>() }
-    // Written out, so that nothing is left to decide.
-    steps!(0 1);
 }
 
-const _: () = assert!(STEPS == 2);
+const _: () = assert!(STEPS == 2 && PARTS == 4);
 
-/// See [`Tile::rows`](super::super::instances::Tile::rows): few rows of activations, which stay in registers. Products of a block's
-/// codes, less 8, with bytes of activations are 16-bit integers, and are multiplied with the scale as such.
-///
-/// # Safety
-/// As for [`Tile::rows`](super::super::instances::Tile::rows), with fixed weights.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn few<const T: usize>(group: &Group<'_>, x: &Activations, first: usize, out: &mut [[f32; LANES]]) {
-    let layout = const { layout_of::<4, OFFSET>() };
-    let lower = _mm512_set1_epi32(0xffff);
-    let mut sums = [_mm512_setzero_ps(); T];
-    for span in (0..x.blocks).step_by(SPAN) {
-        let mut high = [_mm512_setzero_si512(); T];
-        let mut low = [_mm512_setzero_si512(); T];
-        for block in span..x.blocks.min(span + SPAN) {
-            // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
-            unsafe {
-                if group.fetch {
-                    prefetch::<4, OFFSET, T>(group.codes.as_ptr(), block);
-                }
-                let weights = unpack::<4>(group.codes.as_ptr().add(block * layout.code_bytes()));
-                let pairs = _mm512_loadu_si512(group.scales.as_ptr().add(64 * block).cast());
-                // The offset of codes less 8.
-                let pairs = _mm512_add_epi32(pairs, _mm512_slli_epi32::<{ 16 + 3 }>(pairs));
-                for t in 0..T {
-                    let at = (first + t) * x.blocks + block;
-                    let quads = x.codes.as_ptr().add(at).cast::<i32>();
-                    let run = &*x.scales.as_ptr().add(at);
-                    let mut dots = run.centre.map(|sum| _mm512_set1_epi32(sum));
-                    for (q, &weights) in weights.iter().enumerate() {
-                        let (h, l) = (quads.add(q).read(), quads.add(8 + q).read());
-                        dots[0] = _mm512_dpbusd_epi32(dots[0], weights, _mm512_set1_epi32(h));
-                        dots[1] = _mm512_dpbusd_epi32(dots[1], weights, _mm512_set1_epi32(l));
+/// Few rows of activations, which are not in tiles. Products of a block's codes, less 8, with bytes of activations are 16-bit
+/// integers, and are multiplied with the scale as such.
+struct Few;
+
+impl Tile for Few {
+    const MOST: usize = WIDE;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn rows<const BITS: u32, const SCALES: u8, const T: usize>(
+        group: &Group<'_>,
+        x: &Activations,
+        first: usize,
+        out: &mut [[f32; LANES]],
+    ) {
+        const { assert!(BITS == 4 && SCALES == OFFSET) };
+        let layout = const { layout_of::<BITS, SCALES>() };
+        let lower = _mm512_set1_epi32(0xffff);
+        for span in (0..x.blocks).step_by(SPAN) {
+            let mut high = [_mm512_setzero_si512(); T];
+            let mut low = [_mm512_setzero_si512(); T];
+            for block in span..x.blocks.min(span + SPAN) {
+                // SAFETY: the caller's promise; all accesses lie in block `block` of the group and of `T` rows.
+                unsafe {
+                    if group.fetch {
+                        prefetch::<BITS, SCALES, T>(group.codes.as_ptr(), block);
                     }
-                    // A dot product for the scale, the sum of activations for the offset.
-                    let both = |plane: usize| {
-                        let sum = _mm512_set1_epi32(run.upper[plane]);
-                        or_and(sum, dots[plane], lower)
-                    };
-                    high[t] = _mm512_dpwssd_epi32(high[t], both(0), pairs);
-                    low[t] = _mm512_dpwssd_epi32(low[t], both(1), pairs);
+                    let weights = unpack::<BITS>(group.codes.as_ptr().add(block * layout.code_bytes()));
+                    let pairs = _mm512_loadu_si512(group.scales.as_ptr().add(64 * block).cast());
+                    // The offset of codes less 8.
+                    let pairs = _mm512_add_epi32(pairs, _mm512_slli_epi32::<{ 16 + 3 }>(pairs));
+                    macro_rules! rows {
+                        ($($t:literal)*) => {$(if $t < T {
+                            let at = (first + $t) * x.blocks + block;
+                            // Addresses of one register, as in AVX-512's kernel.
+                            let quads = hidden(x.codes.as_ptr().add(at)).cast::<i32>();
+                            let run = &*hidden(x.scales.as_ptr().add(at));
+                            let mut dots = [_mm512_set1_epi32(run.centre[0]), _mm512_set1_epi32(run.centre[1])];
+                            for (q, &weights) in weights.iter().enumerate() {
+                                let (h, l) = (quads.add(q).read(), quads.add(8 + q).read());
+                                dots[0] = _mm512_dpbusd_epi32(dots[0], weights, _mm512_set1_epi32(h));
+                                dots[1] = _mm512_dpbusd_epi32(dots[1], weights, _mm512_set1_epi32(l));
+                            }
+                            // A dot product for the scale, the sum of activations for the offset.
+                            let upper = [_mm512_set1_epi32(run.upper[0]), _mm512_set1_epi32(run.upper[1])];
+                            high[$t] = _mm512_dpwssd_epi32(high[$t], or_and(upper[0], dots[0], lower), pairs);
+                            low[$t] = _mm512_dpwssd_epi32(low[$t], or_and(upper[1], dots[1], lower), pairs);
+                        })*};
+                    }
+                    // Written out, so that the sums stay in registers.
+                    rows!(0 1 2 3 4 5 6 7);
+                }
+            }
+            // SAFETY: the caller's promise.
+            let unit = unsafe { unit(group.scales.as_ptr(), x.blocks, span) };
+            for (t, (out, (high, low))) in out.iter_mut().zip(high.into_iter().zip(low)).enumerate() {
+                let sum = _mm512_add_epi32(high, _mm512_srai_epi32::<8>(low));
+                // SAFETY: as above; 16 floats. Sums are kept there, or there were too few registers.
+                unsafe {
+                    let run = &*x.scales.as_ptr().add((first + t) * x.blocks + span);
+                    let scale = _mm512_mul_ps(unit, _mm512_set1_ps(run.scale));
+                    let before = if span == 0 { _mm512_setzero_ps() } else { _mm512_loadu_ps(out.as_ptr()) };
+                    let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before);
+                    _mm512_storeu_ps(out.as_mut_ptr(), sum);
                 }
             }
         }
-        // SAFETY: the caller's promise.
-        let unit = unsafe { unit(group.scales.as_ptr(), x.blocks, span) };
-        for t in 0..T {
-            let sum = _mm512_add_epi32(high[t], _mm512_srai_epi32::<8>(low[t]));
-            // SAFETY: as above.
-            let run = unsafe { &*x.scales.as_ptr().add((first + t) * x.blocks + span) };
-            let scale = _mm512_mul_ps(unit, _mm512_set1_ps(run.scale));
-            sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[t]);
-        }
-    }
-    for (out, sum) in out.iter_mut().zip(sums) {
-        // SAFETY: 16 floats.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) }
     }
 }
 
@@ -308,25 +341,29 @@ impl Piece {
         (group < problem.groups.end).then(|| unsafe { Piece::new(problem, group, span, panel) })
     }
 
-    /// Opens the blocks from `first` to `end`, or as many as there are.
+    /// Opens the quarters of blocks from `first` to `end`, or as many as there are.
     ///
     /// # Safety
     /// The instruction set is there, and there is room at `panel`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn open(&self, first: usize, end: usize) {
-        for block in first..end.min(self.blocks) {
+        for quarter in first..end.min(self.blocks * QUARTERS) {
+            let (block, quarter) = (quarter / QUARTERS, quarter % QUARTERS);
             let at = self.span + block;
-            prefetch::<4, OFFSET, TILE_ROWS>(self.codes, at);
+            if quarter == 0 {
+                prefetch::<4, OFFSET, TILE_ROWS>(self.codes, at);
+            }
             // SAFETY: the caller's promise; the panel's tiles are `[step][high, low]`, of 64 inputs each.
             unsafe {
                 let codes = self.codes.add(at * const { layout_of::<4, OFFSET>() }.code_bytes());
                 let pairs = _mm512_loadu_si512(self.pairs.add(at * 64).cast());
                 let tile = self.panel.add(block / 2 * 2 * TILE_BYTES);
-                open_block(codes, pairs, tile.add(block % 2 * (TILE_BYTES / 2)));
+                let to = tile.add(block % 2 * (TILE_BYTES / 2) + 64 * quarter);
+                open_quarter(codes.add(64 * quarter), pairs, to);
                 if block + 1 == self.blocks && block % 2 == 0 {
                     // Whatever activations are thought to be there, they count nothing.
-                    for line in 0..TILE_BYTES / 2 / 64 {
+                    for line in [quarter, QUARTERS + quarter] {
                         let to = tile.add(TILE_BYTES / 2 + 64 * line);
                         _mm512_store_si512(to.cast(), _mm512_setzero_si512());
                         _mm512_store_si512(to.add(TILE_BYTES).cast(), _mm512_setzero_si512());
@@ -337,45 +374,33 @@ impl Piece {
     }
 }
 
-/// Quad `quad` of a block of 4 bits as 16-bit integers: the codes with even index, then those with odd index.
+/// Weights of 4 bits that a vector of a block holds, two quads, `scale * code + offset`, to bytes: high ones to `to`, low ones a
+/// tile behind, those of the second quad half a block behind. In `pairs` a row's scale lies below its offset.
 ///
 /// # Safety
-/// A block of codes at `codes`, on a cache line.
+/// A vector of codes at `codes`, and room at `to`, both on cache lines.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn unpack_words(codes: *const u8, quad: usize) -> [__m512i; 2] {
-    let nibble = _mm512_set1_epi16(15);
-    // SAFETY: the caller's promise.
-    let v = unsafe { _mm512_load_si512(codes.add(64 * (quad % 4)).cast()) };
-    match quad / 4 {
-        0 => [_mm512_and_si512(v, nibble), _mm512_and_si512(_mm512_srli_epi16::<8>(v), nibble)],
-        _ => [_mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble), _mm512_srli_epi16::<12>(v)],
-    }
-}
-
-/// The weights of a block, `scale * code + offset`, to bytes: high ones to `to`, low ones a tile behind. In `pairs` a row's scale
-/// lies below its offset.
-///
-/// # Safety
-/// A block of codes at `codes`, and room at `to`, on a cache line.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn open_block(codes: *const u8, pairs: __m512i, to: *mut u8) {
-    let low_words = _mm512_set1_epi32(0xffff);
+unsafe fn open_quarter(codes: *const u8, pairs: __m512i, to: *mut u8) {
+    let (low_words, nibble) = (_mm512_set1_epi32(0xffff), _mm512_set1_epi16(15));
     let upper_bytes = _mm512_set1_epi16(0xff00u16 as i16);
     let scale = _mm512_or_si512(_mm512_and_si512(pairs, low_words), _mm512_slli_epi32::<16>(pairs));
     let offset = _mm512_or_si512(_mm512_andnot_si512(low_words, pairs), _mm512_srli_epi32::<16>(pairs));
     let weight = |code| _mm512_add_epi16(_mm512_mullo_epi16(code, scale), offset);
     // SAFETY: the caller's promise.
     unsafe {
-        for quad in 0..8 {
-            let [even, odd] = unpack_words(codes, quad);
+        let v = _mm512_load_si512(codes.cast());
+        // Codes with even index, and those with odd index.
+        let first = [_mm512_and_si512(v, nibble), _mm512_and_si512(_mm512_srli_epi16::<8>(v), nibble)];
+        let second = [_mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble), _mm512_srli_epi16::<12>(v)];
+        for (quad, [even, odd]) in [first, second].into_iter().enumerate() {
             let (even, odd) = (weight(even), weight(odd));
             // a & mask | b & !mask
             let high = _mm512_ternarylogic_epi32::<0xac>(upper_bytes, _mm512_srli_epi16::<8>(even), odd);
             let low = _mm512_ternarylogic_epi32::<0xac>(upper_bytes, even, _mm512_slli_epi16::<8>(odd));
-            _mm512_store_si512(to.add(64 * quad).cast(), high);
-            _mm512_store_si512(to.add(TILE_BYTES + 64 * quad).cast(), low);
+            let to = to.add(quad * QUARTERS * 64);
+            _mm512_store_si512(to.cast(), high);
+            _mm512_store_si512(to.add(TILE_BYTES).cast(), low);
         }
     }
 }
@@ -433,27 +458,27 @@ impl Sums {
         }
     }
 
-    /// Asks for a part of the outputs' memory, that of step `step`.
+    /// Asks for a part of the outputs' memory.
     #[inline(always)]
-    fn announce<const ROWS: usize>(&self, step: usize) {
+    fn announce(&self, part: usize) {
         if self.is_last {
-            for row in step * ROWS / STEPS..(step + 1) * ROWS / STEPS {
+            for row in part * TILE_ROWS / PARTS..(part + 1) * TILE_ROWS / PARTS {
                 announce(self.to.wrapping_add(row * self.to_stride + LANES - 1));
             }
         }
     }
 
-    /// Adds a part of the sums, that of step `step`, to the sums over spans.
+    /// Adds a part of the sums to the sums over spans.
     ///
     /// # Safety
     /// The instruction set is there, and nobody else has to do with the outputs.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn add<const ROWS: usize>(&self, step: usize) {
-        let rows = step * ROWS / STEPS..(step + 1) * ROWS / STEPS;
+    unsafe fn add(&self, part: usize) {
+        let rows = part * TILE_ROWS / PARTS..(part + 1) * TILE_ROWS / PARTS;
         // SAFETY: the caller's promise.
         unsafe {
-            if self.rows == ROWS {
+            if self.rows == TILE_ROWS {
                 // As many as are known when this is compiled.
                 rows.for_each(|row| self.add_row(row));
             } else {
@@ -476,96 +501,6 @@ impl Sums {
             let before = _mm512_loadu_ps(self.from.add(row * self.from_stride));
             let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before);
             _mm512_mask_storeu_ps(self.to.add(row * self.to_stride), self.lanes, sum);
-        }
-    }
-}
-
-/// Makes the sums of a set zero.
-///
-/// # Safety
-/// The tiles are configured.
-#[inline(always)]
-unsafe fn zero<const SET: usize>() {
-    // SAFETY: the caller's promise. No other code uses the tiles' registers.
-    unsafe {
-        match SET {
-            0 => {
-                asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    options(nostack, nomem, preserves_flags)
-                )
-            }
-            _ => {
-                asm!(
-                    "tilezero tmm3",
-                    "tilezero tmm4",
-                    "tilezero tmm5",
-                    options(nostack, nomem, preserves_flags)
-                )
-            }
-        }
-    }
-}
-
-/// Adds the products of 64 inputs to the sums of a set.
-///
-/// # Safety
-/// The tiles are configured; there are tiles of high and low bytes at `activations` and `weights`.
-#[inline(always)]
-unsafe fn multiply<const SET: usize>(activations: *const u8, weights: *const u8) {
-    macro_rules! multiply {
-        ($high:literal, $mixed:literal, $low:literal) => {
-            asm!(
-                "tileloadd tmm6, [{x} + {line}]",
-                "tileloadd tmm7, [{w} + {line}]",
-                concat!("tdpbssd ", $high, ", tmm6, tmm7"),
-                "tileloadd tmm7, [{w} + {line} + 1024]",
-                concat!("tdpbsud ", $mixed, ", tmm6, tmm7"),
-                "tileloadd tmm6, [{x} + {line} + 1024]",
-                concat!("tdpbsud ", $low, ", tmm6, tmm7"),
-                "tileloadd tmm7, [{w} + {line}]",
-                concat!("tdpbssd ", $mixed, ", tmm6, tmm7"),
-                x = in(reg) activations,
-                w = in(reg) weights,
-                line = in(reg) 64usize,
-                options(nostack, readonly, preserves_flags),
-            )
-        };
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        match SET {
-            0 => multiply!("tmm0", "tmm1", "tmm2"),
-            _ => multiply!("tmm3", "tmm4", "tmm5"),
-        }
-    }
-}
-
-/// Stores the sums of a set.
-///
-/// # Safety
-/// The tiles are configured, and there is room for all of them at `to`.
-#[inline(always)]
-unsafe fn store<const SET: usize>(to: *mut u8) {
-    macro_rules! store {
-        ($high:literal, $mixed:literal, $low:literal) => {
-            asm!(
-                concat!("tilestored [{to} + {line}], ", $high),
-                concat!("tilestored [{to} + {line} + 1024], ", $mixed),
-                concat!("tilestored [{to} + {line} + 2048], ", $low),
-                to = in(reg) to,
-                line = in(reg) 64usize,
-                options(nostack, preserves_flags),
-            )
-        };
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        match SET {
-            0 => store!("tmm0", "tmm1", "tmm2"),
-            _ => store!("tmm3", "tmm4", "tmm5"),
         }
     }
 }
