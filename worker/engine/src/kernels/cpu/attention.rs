@@ -4,10 +4,12 @@
 //! first-level cache; chunks are joined by rescaling (the online softmax of FlashAttention). Chunks are of fixed size and
 //! joined in order, so a row's result does not depend on the rows beside it, on how the work is split, or on threads.
 //! Rows of one sequence are taken sixteen at a time, and query heads that share a key head together, so that keys and
-//! values are read once for all of them. Rows whose context is long beside the
-//! others' are split by chunks among the threads.
+//! values are read once for all of them. Rows whose context is long beside the others' are split by chunks among the threads.
+//! Where there are tiles, products are those of integers.
 
 mod chunk;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod integers;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -154,6 +156,13 @@ impl<E> Problem<'_, E> {
         end - self.spec.window.map_or(end, |window| window.min(end))..end
     }
 
+    /// Positions of a chunk that a query of a unit attends to, counted from the chunk's start.
+    fn span_in(&self, unit: &Unit, chunk: usize, query: usize) -> Range<usize> {
+        let span = self.span(unit.rows.start + query / self.sharing());
+        let clip = |p: usize| p.clamp(chunk * CHUNK, (chunk + 1) * CHUNK) - chunk * CHUNK;
+        clip(span.start)..clip(span.end)
+    }
+
     /// Query heads that share a head of the cache.
     fn sharing(&self) -> usize {
         self.spec.heads / self.shape.heads
@@ -180,7 +189,7 @@ fn by_unit<E: Element>(
     out: Shared<f32>,
 ) {
     SCRATCH.with_borrow_mut(|scratch| {
-        scratch.begin(problem, unit);
+        scratch.begin(pool.isa(), problem, unit);
         for chunk in unit.chunks.clone() {
             run_chunk(pool.isa(), problem, unit, next, chunk, scratch);
         }
@@ -205,7 +214,7 @@ fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], 
             SCRATCH.with_borrow_mut(|scratch| {
                 for task in share(chunks, runs, run) {
                     let (unit, chunk) = tasks[task];
-                    scratch.begin(problem, unit);
+                    scratch.begin(pool.isa(), problem, unit);
                     run_chunk(pool.isa(), problem, unit, None, chunk, scratch);
                     for query in 0..problem.queries(unit) {
                         let from = scratch.state(query);

@@ -98,6 +98,8 @@ pub trait Element: Copy + Send + Sync + Stored {
     fn scale(largest: f32) -> (f32, f32);
     /// A scaled number as it is stored.
     fn store(value: f32) -> Self;
+    /// The same place, if these are 16-bit integers.
+    fn integers(at: *const Self) -> Option<*const i16>;
 }
 
 impl Element for f32 {
@@ -109,6 +111,10 @@ impl Element for f32 {
     #[inline(always)]
     fn store(value: f32) -> Self {
         value
+    }
+    #[inline(always)]
+    fn integers(_: *const Self) -> Option<*const i16> {
+        None
     }
 }
 
@@ -124,6 +130,10 @@ impl Element for i16 {
     fn store(value: f32) -> Self {
         // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
         (value + 12_582_912.0).to_bits() as i16
+    }
+    #[inline(always)]
+    fn integers(at: *const Self) -> Option<*const i16> {
+        Some(at)
     }
 }
 

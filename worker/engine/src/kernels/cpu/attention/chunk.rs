@@ -4,14 +4,17 @@ use std::ops::Range;
 
 use super::{Problem, Unit};
 use crate::kernels::cpu::cache::Element;
+use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::lanes::{Lanes, on_isa};
 
 /// Positions of a chunk.
 pub(super) const CHUNK: usize = 256;
 /// Most queries that are computed together: as many as registers can hold sums for, of two vectors each.
 const QUERIES: usize = 12;
+/// The same, where they are computed by tiles.
+pub(super) const MOST: usize = 16;
 /// Positions and dimensions of a vector.
-const WIDTH: usize = 16;
+pub(super) const WIDTH: usize = 16;
 /// Keys and values are asked for as many bytes of each dimension before they are used: some ten thousand in all, as
 /// memory's latency wants it.
 const AHEAD: usize = 128;
@@ -26,19 +29,31 @@ pub(super) struct Scratch {
     /// of a batch from one address.
     queries: Vec<f32>,
     /// Per query its state so far: largest score, sum of weights, weighted sum of values.
-    states: Vec<f32>,
+    pub states: Vec<f32>,
     /// The same, of the current chunk.
-    current: Vec<f32>,
+    pub current: Vec<f32>,
     /// Scores, then weights, `[query][CHUNK]`.
-    weights: Vec<f32>,
-    state: usize,
+    pub weights: Vec<f32>,
+    /// Numbers of a state.
+    pub state: usize,
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub integers: super::integers::Memory,
 }
 
 impl Scratch {
     /// Gets ready for a unit.
-    pub fn begin<E>(&mut self, problem: &Problem<'_, E>, unit: &Unit) {
+    pub fn begin<E: Element>(&mut self, isa: Isa, problem: &Problem<'_, E>, unit: &Unit) {
         let (dim, count) = (problem.shape.head_dim, problem.queries(unit));
         self.state = problem.shape.value_dim() + 2;
+        self.states.resize(count * self.state, 0.0);
+        self.states.chunks_exact_mut(self.state).for_each(clear);
+        self.current.resize(MOST * self.state, 0.0);
+        self.weights.resize(MOST * CHUNK, 0.0);
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if super::integers::suits::<E>(isa, problem.shape) {
+            return super::integers::begin(problem, unit, &mut self.integers);
+        }
+        let _ = isa;
         self.queries.resize(dim.div_ceil(PIECE) * count * PIECE, 0.0);
         for query in 0..count {
             let place = problem.place(unit, query);
@@ -47,10 +62,6 @@ impl Scratch {
                 to.iter_mut().zip(from).for_each(|(to, q)| *to = q * problem.spec.scale);
             }
         }
-        self.states.resize(count * self.state, 0.0);
-        self.states.chunks_exact_mut(self.state).for_each(clear);
-        self.current.resize(QUERIES * self.state, 0.0);
-        self.weights.resize(QUERIES * CHUNK, 0.0);
     }
 
     /// State of a query: largest score, sum of weights, weighted sum of values.
@@ -71,7 +82,7 @@ on_isa!(
 );
 
 #[inline(always)]
-fn join_body<L: Lanes>(state: &mut [f32], part: &[f32]) {
+pub(super) fn join_body<L: Lanes>(state: &mut [f32], part: &[f32]) {
     let largest = state[0].max(part[0]);
     if largest == f32::NEG_INFINITY {
         return;
@@ -96,19 +107,35 @@ fn join_body<L: Lanes>(state: &mut [f32], part: &[f32]) {
     }
 }
 
+/// Adds the positions of chunk `chunk` to the states of a unit's queries. This thread's next unit is `next`.
+pub(super) fn run_chunk<E: Element>(
+    isa: Isa,
+    problem: &Problem<'_, E>,
+    unit: &Unit,
+    next: Option<&Unit>,
+    chunk: usize,
+    scratch: &mut Scratch,
+) {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if super::integers::suits::<E>(isa, problem.shape) {
+        return super::integers::run_chunk(problem, unit, next, chunk, scratch);
+    }
+    floats(isa, problem, unit, next, chunk, scratch);
+}
+
 on_isa!(
-    /// Adds the positions of chunk `chunk` to the states of a unit's queries. This thread's next unit is `next`.
-    pub(super) fn run_chunk<E: Element>(
+    /// See [`run_chunk`].
+    fn floats<E: Element>(
         problem: &Problem<'_, E>,
         unit: &Unit,
         next: Option<&Unit>,
         chunk: usize,
         scratch: &mut Scratch,
-    ) = run_chunk_body
+    ) = floats_body
 );
 
 #[inline(always)]
-fn run_chunk_body<L: Lanes, E: Element>(
+fn floats_body<L: Lanes, E: Element>(
     problem: &Problem<'_, E>,
     unit: &Unit,
     next: Option<&Unit>,
@@ -157,24 +184,11 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
     scratch: &mut Scratch,
 ) {
     // Positions that each query attends to, and all of them together; counted from the chunk's start.
-    let spans: [Range<usize>; Q] = std::array::from_fn(|q| {
-        let span = problem.span(unit.rows.start + (first + q) / problem.sharing());
-        let clip = |p: usize| p.clamp(chunk * CHUNK, (chunk + 1) * CHUNK) - chunk * CHUNK;
-        clip(span.start)..clip(span.end)
-    });
+    let spans: [Range<usize>; Q] = std::array::from_fn(|q| problem.span_in(unit, chunk, first + q));
     let of = |pick: fn(&Range<usize>) -> usize| spans.iter().filter(|s| !s.is_empty()).map(pick);
     let (Some(start), Some(end)) = (of(|s| s.start).min(), of(|s| s.end).max()) else { return };
     let whole = start / WIDTH..end.div_ceil(WIDTH);
-    let pages = Pages {
-        problem,
-        table: problem.table(unit),
-        kv_head: unit.kv_head,
-        chunk,
-        whole: &whole,
-        fetch: first == 0,
-        begins: first == 0 && chunk == unit.chunks.start,
-        next,
-    };
+    let pages = Pages::new(problem, unit, chunk, &whole, first == 0, next);
 
     // Two vectors of positions at a time, so that additions need not wait for each other; with many queries they do not.
     let pairs = L::REGISTERS >= 32 || Q <= 3;
@@ -233,13 +247,13 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
 }
 
 /// Finds the positions of a chunk in the cache.
-struct Pages<'a, E> {
-    problem: &'a Problem<'a, E>,
+pub(super) struct Pages<'a, E> {
+    pub problem: &'a Problem<'a, E>,
     table: &'a [u32],
     kv_head: usize,
     chunk: usize,
     /// Vectors of positions that are used.
-    whole: &'a Range<usize>,
+    pub whole: &'a Range<usize>,
     /// Whether the chunk is read for the first time, and so comes from memory.
     fetch: bool,
     /// Whether it is the first of its unit, and so nothing was asked for ahead of it.
@@ -254,7 +268,22 @@ impl<E> Problem<'_, E> {
     }
 }
 
-impl<E: Element> Pages<'_, E> {
+impl<'a, E: Element> Pages<'a, E> {
+    /// The vectors `whole` of a unit's chunk; whether they are read for the first time; and the thread's next unit.
+    #[inline(always)]
+    pub fn new(
+        problem: &'a Problem<'a, E>,
+        unit: &Unit,
+        chunk: usize,
+        whole: &'a Range<usize>,
+        fetch: bool,
+        next: Option<&'a Unit>,
+    ) -> Self {
+        let begins = fetch && chunk == unit.chunks.start;
+        let table = problem.table(unit);
+        Pages { problem, table, kv_head: unit.kv_head, chunk, whole, fetch, begins, next }
+    }
+
     /// Block and place in it of the first position of vector `v`.
     #[inline(always)]
     fn find(&self, v: usize) -> (usize, usize) {
@@ -264,7 +293,7 @@ impl<E: Element> Pages<'_, E> {
 
     /// Keys of the 16 positions of vector `v`; dimensions are a block's positions apart.
     #[inline(always)]
-    fn keys(&self, v: usize) -> *const E {
+    pub fn keys(&self, v: usize) -> *const E {
         let (block, place) = self.find(v);
         let shape = self.problem.shape;
         let at = (block * shape.heads + self.kv_head) * shape.key_head::<E>() + place;
@@ -273,7 +302,7 @@ impl<E: Element> Pages<'_, E> {
 
     /// Scales of the keys of vector `v`, if they have some.
     #[inline(always)]
-    fn key_scales(&self, v: usize) -> *const f32 {
+    pub fn key_scales(&self, v: usize) -> *const f32 {
         let (block, place) = self.find(v);
         let shape = self.problem.shape;
         let head = (block * shape.heads + self.kv_head) * shape.key_head::<E>();
@@ -283,7 +312,7 @@ impl<E: Element> Pages<'_, E> {
 
     /// Scales of the values of vector `v`, if they have some.
     #[inline(always)]
-    fn value_scales(&self, v: usize) -> *const f32 {
+    pub fn value_scales(&self, v: usize) -> *const f32 {
         let (block, place) = self.find(v);
         let shape = self.problem.shape;
         let head = (block * shape.heads + self.kv_head) * shape.value_head::<E>();
@@ -318,6 +347,37 @@ impl<E: Element> Pages<'_, E> {
         }
     }
 
+    /// [`ahead`](Self::ahead) of the keys, `keys`, of `V` vectors from `v` on. The scales there, which lie behind the last
+    /// dimension, are asked for.
+    #[inline(always)]
+    pub fn ahead_of_keys<L: Lanes, const V: usize>(&self, v: usize, keys: *const E) -> *const E {
+        let step = v - self.whole.start;
+        if E::SCALE > 0 && self.begins && step < AHEAD / (WIDTH * size_of::<E>()) {
+            for i in 0..V {
+                L::prefetch(self.key_scales(v + i));
+            }
+        }
+        let next = self.ahead(step, keys);
+        for line in (0..V * WIDTH * E::SCALE * size_of::<E>()).step_by(64) {
+            let at = V * WIDTH * self.problem.shape.head_dim * size_of::<E>() + line;
+            L::prefetch(next.cast::<u8>().wrapping_add(at));
+        }
+        next
+    }
+
+    /// The same for the values, `values`, of vector `v`, whose scales are asked for the first time only.
+    #[inline(always)]
+    pub fn ahead_of_values<L: Lanes>(&self, v: usize, values: *const E, is_first: bool) -> *const E {
+        let next = self.ahead(self.whole.len() + v - self.whole.start, values);
+        if is_first {
+            for line in (0..WIDTH * E::SCALE * size_of::<E>()).step_by(64) {
+                let at = WIDTH * self.problem.shape.value_dim() * size_of::<E>() + line;
+                L::prefetch(next.cast::<u8>().wrapping_add(at));
+            }
+        }
+        next
+    }
+
     /// A block's keys and their scales lie together; each vector of positions counts for an equal share of them.
     #[inline(always)]
     fn key_memory(&self, table: &[u32], kv_head: usize, position: usize) -> *const E {
@@ -338,7 +398,7 @@ impl<E: Element> Pages<'_, E> {
 
     /// Values of the 16 positions of vector `v`, one after the other.
     #[inline(always)]
-    fn values(&self, v: usize) -> *const E {
+    pub fn values(&self, v: usize) -> *const E {
         let (block, place) = self.find(v);
         let shape = self.problem.shape;
         let at = (block * shape.heads + self.kv_head) * shape.value_head::<E>() + place * shape.value_dim();
@@ -359,16 +419,7 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
 ) {
     let dim = pages.problem.shape.head_dim;
     let keys: [*const E; V] = std::array::from_fn(|i| pages.keys(v + i));
-    let next = pages.ahead(v - pages.whole.start, keys[0]);
-    if E::SCALE > 0 && pages.begins && v - pages.whole.start < AHEAD / (WIDTH * size_of::<E>()) {
-        for i in 0..V {
-            L::prefetch(pages.key_scales(v + i));
-        }
-    }
-    // What lies behind the last dimension.
-    for line in (0..V * WIDTH * E::SCALE * size_of::<E>()).step_by(64) {
-        L::prefetch(next.cast::<u8>().wrapping_add(V * WIDTH * dim * size_of::<E>() + line));
-    }
+    let next = pages.ahead_of_keys::<L, V>(v, keys[0]);
     let mut sums = [[L::splat(0.0); V]; Q];
     for piece in 0..dim.div_ceil(PIECE) {
         let queries = &queries[piece * apart..];
@@ -403,7 +454,7 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
 /// Turns a query's scores at `span` into weights, and everything else in the vectors `whole` into zeros. Returns the
 /// largest score and the sum of weights.
 #[inline(always)]
-fn softmax<L: Lanes>(
+pub(super) fn softmax<L: Lanes>(
     weights: &mut [f32],
     span: &Range<usize>,
     whole: &Range<usize>,
@@ -471,12 +522,7 @@ unsafe fn values<L: Lanes, E: Element, const Q: usize, const S: usize>(
         let v = position / WIDTH;
         let end = span.end.min((v + 1) * WIDTH);
         let base = pages.values(v);
-        let next = pages.ahead(pages.whole.len() + v - pages.whole.start, base);
-        if at == 0 {
-            for line in (0..WIDTH * E::SCALE * size_of::<E>()).step_by(64) {
-                L::prefetch(next.cast::<u8>().wrapping_add(WIDTH * dim * size_of::<E>() + line));
-            }
-        }
+        let next = pages.ahead_of_values::<L>(v, base, at == 0);
         for p in position..end {
             if at == 0 {
                 for line in (0..dim * size_of::<E>()).step_by(64) {

@@ -160,6 +160,23 @@ fn cases() -> Vec<Case> {
             spec: spec(9, 64),
             sequences: vec![(1500, 1)],
         },
+        // Prompts of the model's shape, one continued, beside a decoding sequence: tiles of integers, where there are some.
+        Case {
+            shape: KvShape { block: 32, heads: 3, head_dim: 64 },
+            spec: spec(9, 64),
+            sequences: vec![(40, 40), (300, 1), (290, 77), (600, 33), (5, 5)],
+        },
+        // The same with heads that leave parts of tiles empty, a window and capped scores.
+        Case {
+            shape: KvShape { block: 32, heads: 2, head_dim: 84 },
+            spec: AttentionSpec { window: Some(300), softcap: Some(2.0), ..spec(8, 84) },
+            sequences: vec![(900, 20), (100, 100), (700, 1), (50, 2)],
+        },
+        Case {
+            shape: KvShape { block: 64, heads: 1, head_dim: 256 },
+            spec: spec(2, 256),
+            sequences: vec![(130, 5), (400, 19), (20, 1)],
+        },
         // Prompts, one continued, beside a decoding sequence; a head that is no whole number of vectors.
         Case {
             shape: KvShape { block: 16, heads: 2, head_dim: 24 },
