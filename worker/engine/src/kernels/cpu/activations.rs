@@ -172,7 +172,7 @@ impl Quantiser<'_> {
 }
 
 /// Makes room for `len` elements.
-fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
+pub(super) fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
     if vector.len() < len {
         vector.resize(len, value);
     }
@@ -432,7 +432,6 @@ pub(super) mod x86 {
     pub(super) unsafe fn avx512(x: &[f32], first: usize, to: &Places) {
         debug_assert!(to.span == 1);
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-        let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
         let count = x.len() / BLOCK;
         for start in (0..count).step_by(4) {
             // The last is done again where there are no four.
@@ -458,12 +457,7 @@ pub(super) mod x86 {
                 let inverse = _mm512_set1_ps(inverses[k]);
                 // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
                 unsafe {
-                    let integers = |i: usize| {
-                        let x = _mm512_loadu_ps(x.as_ptr().add(run * BLOCK + 16 * i));
-                        _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse))
-                    };
-                    let v = _mm512_permutexvar_epi64(in_order, _mm512_packs_epi32(integers(0), integers(1)));
-                    let (high, low) = bytes(v);
+                    let (high, low) = bytes(x.as_ptr().add(run * BLOCK), inverse);
                     highs[k] = _mm256_dpbusd_epi32(highs[k], _mm256_set1_epi8(1), high);
                     lows[k] = _mm256_dpbusd_epi32(lows[k], _mm256_set1_epi8(1), low);
                     let codes = to.codes.at(first + run).cast::<__m256i>();
@@ -491,11 +485,20 @@ pub(super) mod x86 {
         }
     }
 
-    /// 32 integers as their high and low bytes, which are signed: the high one is that of `v + 128`. Low ones are at least -127,
-    /// which is off by one where -128 would be nearest: 32 products of them with codes of 4 bits less 8 are 16-bit integers then.
+    /// The integers of a run, `x` times `inverse`, as their high and low bytes, which are signed: the high one is that of `v + 128`.
+    /// Low ones are at least -127, which is off by one where -128 would be nearest: 32 products of them with codes of 4 bits less 8
+    /// are 16-bit integers then.
+    ///
+    /// # Safety
+    /// 32 values at `x`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    fn bytes(v: __m512i) -> (__m256i, __m256i) {
+    unsafe fn bytes(x: *const f32, inverse: __m512) -> (__m256i, __m256i) {
+        let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        // SAFETY: the caller's promise.
+        let integers =
+            |i: usize| unsafe { _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.add(16 * i)), inverse)) };
+        let v = _mm512_permutexvar_epi64(in_order, _mm512_packs_epi32(integers(0), integers(1)));
         let high = _mm512_srai_epi16::<8>(_mm512_add_epi16(v, _mm512_set1_epi16(128)));
         (_mm512_cvtepi16_epi8(high), _mm256_max_epi8(_mm512_cvtepi16_epi8(v), _mm256_set1_epi8(-127)))
     }
@@ -522,7 +525,6 @@ pub(super) mod x86 {
     pub(super) unsafe fn amx<const TILED: bool>(x: &[f32], first: usize, to: &Places) {
         debug_assert!(to.span == SPAN && SPAN == 4);
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-        let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
         for (row, block, x) in to.spans(x, first) {
             let count = x.len() / BLOCK;
             // The last is done again where there are no four.
@@ -542,12 +544,7 @@ pub(super) mod x86 {
             for (k, run) in runs.into_iter().enumerate() {
                 // SAFETY: a run is 32 values, and codes are 64 bytes; the rest is the caller's promise.
                 unsafe {
-                    let integers = |i: usize| {
-                        let x = _mm512_loadu_ps(x.as_ptr().add(run * BLOCK + 16 * i));
-                        _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse))
-                    };
-                    let v = _mm512_permutexvar_epi64(in_order, _mm512_packs_epi32(integers(0), integers(1)));
-                    let (high, low) = bytes(v);
+                    let (high, low) = bytes(x.as_ptr().add(run * BLOCK), inverse);
                     highs[k] = _mm256_dpbusd_epi32(highs[k], _mm256_set1_epi8(1), high);
                     lows[k] = _mm256_dpbusd_epi32(lows[k], _mm256_set1_epi8(1), low);
                     let block = block + run;

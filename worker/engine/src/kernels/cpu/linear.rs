@@ -20,9 +20,6 @@ mod portable;
 use std::cell::RefCell;
 use std::ops::Range;
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(super) use amx::Configured;
-
 use super::activations::{Activations, TILE_ROWS};
 use super::format::{BLOCK, Layout, layout};
 use super::isa::Isa;

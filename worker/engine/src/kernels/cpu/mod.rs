@@ -13,6 +13,8 @@ mod memory;
 mod pack;
 mod pool;
 mod rows;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tiles;
 
 pub use activations::{Activations, Quantiser};
 pub use attention::{AttentionSpec, attention};

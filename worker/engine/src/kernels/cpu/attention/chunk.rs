@@ -29,7 +29,7 @@ pub(super) struct Scratch {
     /// of a batch from one address.
     queries: Vec<f32>,
     /// Per query its state so far: largest score, sum of weights, weighted sum of values.
-    pub states: Vec<f32>,
+    states: Vec<f32>,
     /// The same, of the current chunk.
     pub current: Vec<f32>,
     /// Scores, then weights, `[query][CHUNK]`.
@@ -64,6 +64,15 @@ impl Scratch {
         }
     }
 
+    /// Adds the current states of queries, the first of which is `first`, to their states: of those that attend to some position.
+    #[inline(always)]
+    pub fn join<L: Lanes>(&mut self, spans: &[Range<usize>], first: usize) {
+        for (q, _) in spans.iter().enumerate().filter(|(_, span)| !span.is_empty()) {
+            let state = &mut self.states[(first + q) * self.state..][..self.state];
+            join_body::<L>(state, &self.current[q * self.state..][..self.state]);
+        }
+    }
+
     /// State of a query: largest score, sum of weights, weighted sum of values.
     pub fn state(&self, query: usize) -> &[f32] {
         &self.states[query * self.state..][..self.state]
@@ -82,7 +91,7 @@ on_isa!(
 );
 
 #[inline(always)]
-pub(super) fn join_body<L: Lanes>(state: &mut [f32], part: &[f32]) {
+fn join_body<L: Lanes>(state: &mut [f32], part: &[f32]) {
     let largest = state[0].max(part[0]);
     if largest == f32::NEG_INFINITY {
         return;
@@ -105,6 +114,18 @@ pub(super) fn join_body<L: Lanes>(state: &mut [f32], part: &[f32]) {
             L::load(part.as_ptr()).mul_add(new, kept).store(state.as_mut_ptr());
         }
     }
+}
+
+/// From the first to the last position of all spans, if there are some.
+#[inline(always)]
+pub(super) fn covering(spans: impl Iterator<Item = Range<usize>>) -> Option<Range<usize>> {
+    spans.filter(|span| !span.is_empty()).reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
+}
+
+/// The vectors that hold a span's positions.
+#[inline(always)]
+pub(super) fn vectors_of(span: &Range<usize>) -> Range<usize> {
+    if span.is_empty() { 0..0 } else { span.start / WIDTH..span.end.div_ceil(WIDTH) }
 }
 
 /// Adds the positions of chunk `chunk` to the states of a unit's queries. This thread's next unit is `next`.
@@ -185,9 +206,8 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
 ) {
     // Positions that each query attends to, and all of them together; counted from the chunk's start.
     let spans: [Range<usize>; Q] = std::array::from_fn(|q| problem.span_in(unit, chunk, first + q));
-    let of = |pick: fn(&Range<usize>) -> usize| spans.iter().filter(|s| !s.is_empty()).map(pick);
-    let (Some(start), Some(end)) = (of(|s| s.start).min(), of(|s| s.end).max()) else { return };
-    let whole = start / WIDTH..end.div_ceil(WIDTH);
+    let Some(all) = covering(spans.iter().cloned()) else { return };
+    let whole = vectors_of(&all);
     let pages = Pages::new(problem, unit, chunk, &whole, first == 0, next);
 
     // Two vectors of positions at a time, so that additions need not wait for each other; with many queries they do not.
@@ -233,17 +253,14 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
         // SAFETY: as above, and the slab's vectors are within a value.
         unsafe {
             match slab.min(vectors - at) {
-                1 => values::<L, E, Q, 1>(&pages, start..end, at, scratch),
-                2 => values::<L, E, Q, 2>(&pages, start..end, at, scratch),
-                3 => values::<L, E, Q, 3>(&pages, start..end, at, scratch),
-                _ => values::<L, E, Q, 4>(&pages, start..end, at, scratch),
+                1 => values::<L, E, Q, 1>(&pages, all.clone(), at, scratch),
+                2 => values::<L, E, Q, 2>(&pages, all.clone(), at, scratch),
+                3 => values::<L, E, Q, 3>(&pages, all.clone(), at, scratch),
+                _ => values::<L, E, Q, 4>(&pages, all.clone(), at, scratch),
             }
         }
     }
-    for (q, _) in spans.iter().enumerate().filter(|(_, span)| !span.is_empty()) {
-        let state = &mut scratch.states[(first + q) * scratch.state..][..scratch.state];
-        join_body::<L>(state, &scratch.current[q * scratch.state..][..scratch.state]);
-    }
+    scratch.join::<L>(&spans, first);
 }
 
 /// Finds the positions of a chunk in the cache.
@@ -460,7 +477,7 @@ pub(super) fn softmax<L: Lanes>(
     whole: &Range<usize>,
     softcap: Option<f32>,
 ) -> (f32, f32) {
-    let own = if span.is_empty() { 0..0 } else { span.start / WIDTH..span.end.div_ceil(WIDTH) };
+    let own = vectors_of(span);
     for v in whole.clone().filter(|v| !own.contains(v)) {
         weights[v * WIDTH..][..WIDTH].fill(0.0);
     }

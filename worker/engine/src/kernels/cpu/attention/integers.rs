@@ -13,13 +13,13 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::chunk::{CHUNK, MOST, Pages, Scratch, WIDTH, join_body, softmax};
+use super::chunk::{CHUNK, MOST, Pages, Scratch, WIDTH, covering, softmax, vectors_of};
 use super::{Problem, Unit};
-use crate::kernels::cpu::activations::{TILE_ROWS, scale_of};
+use crate::kernels::cpu::activations::{TILE_ROWS, grow, scale_of};
 use crate::kernels::cpu::cache::{Element, KvShape};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::lanes::{Lanes, V512, hidden};
-use crate::kernels::cpu::linear::Configured;
+use crate::kernels::cpu::tiles::{Configured, PLANES, TILE_BYTES, clear_sums, store_sums, sums_of_row};
 
 /// So many queries are taken without tiles.
 const FEW: usize = 6;
@@ -79,12 +79,6 @@ const _: () = assert!(MOST == TILE_ROWS && FEW <= MOST);
 /// Lines of a tile of high bytes and one of low bytes.
 const PAIR: usize = 2 * TILE_ROWS;
 
-fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, value: T) {
-    if vector.len() < len {
-        vector.resize(len, value);
-    }
-}
-
 /// Gets ready for a unit.
 ///
 /// # Panics
@@ -103,7 +97,7 @@ pub(super) fn begin<E: Element>(problem: &Problem<'_, E>, unit: &Unit, memory: &
         grow(&mut memory.keys, CHUNK_VECTORS * steps * PAIR, line);
         grow(&mut memory.values, CHUNK / INPUTS * dims * PAIR, line);
         grow(&mut memory.weights, CHUNK / INPUTS * PAIR, line);
-        grow(&mut memory.staged, 2 * 3 * TILE_ROWS, line);
+        grow(&mut memory.staged, 2 * PLANES * TILE_ROWS, line);
         memory.scales.iter_mut().for_each(|scales| grow(scales, CHUNK, 0.0));
     }
     // SAFETY: the instruction set is there, or `suits` would be false.
@@ -168,7 +162,7 @@ unsafe fn put_bytes([high, low]: [__m512i; 2], to: *mut u8) {
     // SAFETY: the caller's promise.
     unsafe {
         _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(high));
-        _mm_storeu_si128(to.add(TILE_ROWS * 64).cast(), _mm512_cvtepi32_epi8(low));
+        _mm_storeu_si128(to.add(TILE_BYTES).cast(), _mm512_cvtepi32_epi8(low));
     }
 }
 
@@ -194,15 +188,9 @@ pub(super) fn run_chunk<E: Element>(
     }
 }
 
-/// The vectors of positions that any of the queries attends to, as whole lines of words.
-fn vectors_of<E>(
-    problem: &Problem<'_, E>,
-    unit: &Unit,
-    chunk: usize,
-    queries: Range<usize>,
-) -> Option<Range<usize>> {
-    let spans = queries.map(|query| problem.span_in(unit, chunk, query)).filter(|span| !span.is_empty());
-    let all = spans.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))?;
+/// The vectors that hold the positions of all spans, as whole lines of words; `None` if there are no positions.
+fn lines_of(spans: impl Iterator<Item = Range<usize>>) -> Option<Range<usize>> {
+    let all = covering(spans)?;
     Some(all.start / COLUMNS * 2..all.end.div_ceil(COLUMNS) * 2)
 }
 
@@ -220,7 +208,7 @@ unsafe fn quantise_weights(
     whole: Range<usize>,
     mut put: impl FnMut(usize, [__m512i; 2]),
 ) -> f32 {
-    let own = if span.is_empty() { 0..0 } else { span.start / WIDTH..span.end.div_ceil(WIDTH) };
+    let own = vectors_of(span);
     let weights = &mut weights[..CHUNK];
     let mut largest = _mm512_setzero_si512();
     for v in own.clone() {
@@ -264,12 +252,9 @@ unsafe fn few<E: Element, const Q: usize>(
     chunk: usize,
     scratch: &mut Scratch,
 ) {
-    let Some(whole) = vectors_of(problem, unit, chunk, 0..Q) else { return };
+    let spans: [Range<usize>; Q] = std::array::from_fn(|query| problem.span_in(unit, chunk, query));
+    let Some(whole) = lines_of(spans.iter().cloned()) else { return };
     let pages = Pages::new(problem, unit, chunk, &whole, true, next);
-    let mut spans = [const { 0..0 }; Q];
-    for (query, span) in spans.iter_mut().enumerate() {
-        *span = problem.span_in(unit, chunk, query);
-    }
     // SAFETY: the caller's promise; the cache has blocks for whole lines of words.
     unsafe {
         for v in whole.clone().step_by(2) {
@@ -299,17 +284,7 @@ unsafe fn few<E: Element, const Q: usize>(
             }
         }
     }
-    join_states(&spans, 0, scratch);
-}
-
-/// Adds the current states of queries, the first of which is `first`, to their states.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn join_states(spans: &[Range<usize>], first: usize, scratch: &mut Scratch) {
-    for (q, _) in spans.iter().enumerate().filter(|(_, span)| !span.is_empty()) {
-        let state = &mut scratch.states[(first + q) * scratch.state..][..scratch.state];
-        join_body::<V512>(state, &scratch.current[q * scratch.state..][..scratch.state]);
-    }
+    scratch.join::<V512>(&spans, 0);
 }
 
 /// Words of two lines in turn, of the first and of the second four columns of each eight.
@@ -550,46 +525,6 @@ unsafe fn multiply<const SIGNED: bool>(columns: *const Line) {
     }
 }
 
-/// # Safety
-/// The tiles are configured.
-#[inline(always)]
-unsafe fn clear() {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", options(nostack, nomem, preserves_flags))
-    }
-}
-
-/// # Safety
-/// The tiles are configured; there is room for three at `to`.
-#[inline(always)]
-unsafe fn store(to: *mut Line) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilestored [{to} + {line}], tmm0",
-            "tilestored [{to} + {line} + 1024], tmm1",
-            "tilestored [{to} + {line} + 2048], tmm2",
-            to = in(reg) to,
-            line = in(reg) 64usize,
-            options(nostack, preserves_flags),
-        )
-    }
-}
-
-/// Row `row` of sums from tiles, less the lowest 8 bits.
-///
-/// # Safety
-/// Three tiles at `staged`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn row_of(staged: *const Line, row: usize) -> __m512i {
-    // SAFETY: the caller's promise.
-    let tile = |plane: usize| unsafe { _mm512_load_si512(staged.add(plane * TILE_ROWS + row).cast()) };
-    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(tile(0)), tile(1));
-    _mm512_add_epi32(sum, _mm512_srai_epi32::<8>(tile(2)))
-}
-
 /// Many queries, by tiles.
 ///
 /// # Safety
@@ -597,7 +532,8 @@ unsafe fn row_of(staged: *const Line, row: usize) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn by_tiles<E: Element>(problem: &Problem<'_, E>, unit: &Unit, chunk: usize, scratch: &mut Scratch) {
     let count = problem.queries(unit);
-    let Some(whole) = vectors_of(problem, unit, chunk, 0..count) else { return };
+    let spans = (0..count).map(|query| problem.span_in(unit, chunk, query));
+    let Some(whole) = lines_of(spans) else { return };
     // SAFETY: the caller's promise.
     unsafe {
         fill(problem, unit, chunk, whole, &mut scratch.integers);
@@ -670,7 +606,6 @@ unsafe fn sixteen<E: Element>(
     queries: Range<usize>,
     scratch: &mut Scratch,
 ) {
-    let Some(whole) = vectors_of(problem, unit, chunk, queries.clone()) else { return };
     let (steps, dims) = (problem.shape.head_dim.div_ceil(INPUTS), problem.shape.value_dim() / WIDTH);
     let (first, count) = (queries.start, queries.len());
     let mut spans = [const { 0..0 }; TILE_ROWS];
@@ -678,9 +613,10 @@ unsafe fn sixteen<E: Element>(
         *span = problem.span_in(unit, chunk, query);
     }
     let spans = &spans[..count];
+    let Some(whole) = lines_of(spans.iter().cloned()) else { return };
     let Scratch { weights, current, integers, state, .. } = &mut *scratch;
-    let staged = integers.staged.as_mut_ptr();
-    let staged = [staged, staged.wrapping_add(3 * TILE_ROWS)];
+    let staged = integers.staged.as_mut_ptr().cast::<u8>();
+    let staged = [staged, staged.wrapping_add(PLANES * TILE_BYTES)];
     // SAFETY: the caller's promise; `begin` made room, for whole tiles of queries.
     unsafe {
         // Sums of one product are added up while the next is computed.
@@ -688,12 +624,12 @@ unsafe fn sixteen<E: Element>(
         let put_scores = |v: usize| {
             let scales = _mm512_loadu_ps(integers.scales[0][v * WIDTH..][..WIDTH].as_ptr());
             for q in 0..TILE_ROWS {
-                let score = scores_of(row_of(staged[v % 2], q), *units.add(q), scales);
+                let score = scores_of(sums_of_row(staged[v % 2], q), *units.add(q), scales);
                 _mm512_storeu_ps(scores.add(q * CHUNK + v * WIDTH), score);
             }
         };
         for v in whole.clone() {
-            clear();
+            clear_sums();
             for step in 0..steps {
                 if steps > 1 || v == whole.start {
                     load(integers.queries.as_ptr().add((first / TILE_ROWS * steps + step) * PAIR));
@@ -703,7 +639,7 @@ unsafe fn sixteen<E: Element>(
             if v > whole.start {
                 put_scores(v - 1);
             }
-            store(staged[v % 2]);
+            store_sums(staged[v % 2]);
         }
         put_scores(whole.end - 1);
 
@@ -731,13 +667,13 @@ unsafe fn sixteen<E: Element>(
         let current = current.as_mut_ptr();
         let put_values = |at: usize| {
             for (q, &unit) in units.iter().enumerate() {
-                let sums = _mm512_cvtepi32_ps(row_of(staged[at % 2], q));
+                let sums = _mm512_cvtepi32_ps(sums_of_row(staged[at % 2], q));
                 let to = current.add(q * *state + 2 + at * WIDTH);
                 _mm512_storeu_ps(to, _mm512_mul_ps(sums, _mm512_set1_ps(unit)));
             }
         };
         for at in 0..dims {
-            clear();
+            clear_sums();
             for tile in tiles.clone() {
                 load(integers.weights.as_ptr().add(tile * PAIR));
                 multiply::<false>(integers.values.as_ptr().add((tile * dims + at) * PAIR));
@@ -745,9 +681,9 @@ unsafe fn sixteen<E: Element>(
             if at > 0 {
                 put_values(at - 1);
             }
-            store(staged[at % 2]);
+            store_sums(staged[at % 2]);
         }
         put_values(dims - 1);
     }
-    join_states(spans, first, scratch);
+    scratch.join::<V512>(spans, first);
 }

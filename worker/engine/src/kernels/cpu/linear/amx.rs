@@ -23,6 +23,7 @@ use super::{PASS, Problem, announce};
 use crate::kernels::cpu::activations::{Codes, TILE_ROWS, TileScales};
 use crate::kernels::cpu::format::BLOCK;
 use crate::kernels::cpu::pack::LANES;
+use crate::kernels::cpu::tiles::Configured;
 
 pub(super) struct Amx;
 
@@ -299,44 +300,5 @@ impl Next {
                 _ => store!("tmm2", "tmm3"),
             }
         }
-    }
-}
-
-/// The tiles' shapes, as the instruction that sets them wants them; and that they are set, for as long as this lives.
-#[repr(C, align(64))]
-pub(in crate::kernels::cpu) struct Configured {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-impl Configured {
-    /// For products of 16 rows of activations over `inputs` inputs. The tiles from number `weights` on are weights, the two
-    /// before them activations or sums if these are as wide, the others sums.
-    ///
-    /// # Safety
-    /// The instruction set is there.
-    pub unsafe fn new(inputs: u8, weights: usize) -> Configured {
-        let mut row_bytes = [0; 16];
-        let mut rows = [0; 16];
-        row_bytes[..8].fill(64);
-        row_bytes[weights - 2..weights].fill(inputs.into());
-        rows[..weights].fill(TILE_ROWS as u8);
-        rows[weights..8].fill(inputs / 4);
-        let shapes = Configured { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
-        // SAFETY: the caller's promise; 64 bytes, and shapes within a tile's limits.
-        unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly, preserves_flags))
-        }
-        shapes
-    }
-}
-
-impl Drop for Configured {
-    fn drop(&mut self) {
-        // SAFETY: there are tiles, or this would not be. A thread whose tiles are released has nothing of them to be saved.
-        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) }
     }
 }
