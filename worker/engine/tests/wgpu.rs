@@ -13,7 +13,7 @@ fn on_wgpu() -> LoadOptions {
 }
 
 #[test]
-fn logits_are_the_cpus() {
+fn wgpus_logits_are_the_cpus() {
     let tokens: Vec<u32> = cases()[0].prompt_tokens.clone();
     let wgpu = Probe::load(on_wgpu()).unwrap().logits(&tokens, 3);
     let cpu = Probe::load(options()).unwrap().logits(&tokens, 3);
@@ -25,7 +25,7 @@ fn logits_are_the_cpus() {
 }
 
 #[test]
-fn greedy_texts_are_the_references() {
+fn wgpus_greedy_texts_are_the_references() {
     let listener = Listener::load(on_wgpu());
     assert_eq!(listener.engine.info().backend, "wgpu");
     let cases: Vec<_> = cases().into_iter().rev().take(3).collect();
@@ -38,7 +38,7 @@ fn greedy_texts_are_the_references() {
 }
 
 #[test]
-fn drawn_texts_are_the_cpus() {
+fn wgpus_drawn_texts_are_the_cpus() {
     let sampling = Sampling { temperature: 0.8, top_p: 0.9, seed: 7, ..Sampling::default() };
     let requests = || {
         let drawn = |(case, id): (Case, u64)| Request { sampling: sampling.clone(), ..case.request(id) };
