@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU kernels and the default model on wgpu, held against the CPU's: on the Vulkan devices that are there, else on Mesa's
 # software device (lavapipe), which this installs where it may. Not part of scripts/test.sh, which would build for twice as
-# long. Arguments go to the tests.
+# long; like all tests it needs `make model` once. Arguments go to the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,5 +13,4 @@ if ! compgen -G '/usr/share/vulkan/icd.d/*.json' >/dev/null && ! compgen -G '/et
   apt-get update -qq >&2
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers libvulkan1 >&2
 fi
-make model
 exec cargo test -p stoker-engine --features wgpu --lib --test wgpu -- wgpus "$@"
