@@ -10,6 +10,7 @@ use serde_json::Value;
 use stoker_shared::job::Job;
 use stoker_shared::ports::{Ending, Ports, RequestRow};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::BACKOFF;
@@ -64,10 +65,26 @@ impl Billing {
     }
 }
 
-/// Commits rows until all [`Billing`]s are gone.
-pub async fn run(ports: Ports, store_prompts: bool, mut queue: mpsc::Receiver<Box<Free>>) {
+/// Commits rows until `last_call`, then those that were handed in before. A stream that was cut off may go on to hold its
+/// [`Billing`]: that they are gone can't be waited for.
+pub async fn run(
+    ports: Ports,
+    store_prompts: bool,
+    mut queue: mpsc::Receiver<Box<Free>>,
+    last_call: CancellationToken,
+) {
     let mut batch = Vec::new();
-    while queue.recv_many(&mut batch, BATCH).await > 0 {
+    loop {
+        let taken = tokio::select! {
+            taken = queue.recv_many(&mut batch, BATCH) => taken,
+            () = last_call.cancelled(), if !queue.is_closed() => {
+                queue.close();
+                continue;
+            }
+        };
+        if taken == 0 {
+            return;
+        }
         if batch.len() < BATCH {
             tokio::time::sleep(PAUSE).await;
             while batch.len() < BATCH

@@ -12,7 +12,7 @@ use serde_json::Value;
 use stoker_shared::envelope::Envelope;
 use stoker_shared::frame::{Assembly, Frame, VERSION};
 use stoker_shared::job::Job;
-use stoker_shared::outcome::code;
+use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{
     Append, CacheRow, Claim, Claimed, Committed, DeadLetter, Destination, Ending, JobRow, JobState, Liveness,
     LogHeader, Message, Opened, Opening, PortError, PortResult, Ports, RequestRow,
@@ -23,6 +23,7 @@ use crate::dispatch::Dispatch;
 use crate::inbox::End;
 use crate::outcome::{Story, outcome};
 use crate::prepare::Prepared;
+use crate::stored::Restored;
 
 /// How long the log of a job that was ended here is kept, for readers that are behind.
 const LOG_TTL: Duration = Duration::from_secs(600);
@@ -126,6 +127,21 @@ pub async fn answer_from_cache(
         dead: None,
     };
     close(dispatch, closing).await.map(drop)
+}
+
+/// Ends an accepted job that nobody runs with an error.
+pub async fn give_up(dispatch: &Dispatch, restored: &Restored, error: JobError) -> PortResult<Closed> {
+    let Restored { job, envelope, message } = restored;
+    let closing = Closing {
+        job,
+        envelope,
+        reply_to: message.reply_to.as_deref(),
+        correlation_id: message.correlation_id.as_deref(),
+        text: None,
+        end: End::failed(error),
+        dead: None,
+    };
+    close(dispatch, closing).await
 }
 
 /// Sends an outcome to whoever asked for it, as best it can: the ledger has it.
@@ -234,6 +250,7 @@ fn claim(dispatch: &Dispatch, closing: &Closing<'_>, row: Option<&JobRow>, at_le
         epoch: row.map_or(0, |r| r.epoch + 1).max(at_least),
         worker: dispatch.id.clone(),
         interruptions: row.map_or(0, |r| r.interruptions),
+        delivered: false,
         expires_in_s: dispatch.config.coordinator.job_retention_s,
     }
 }
@@ -361,8 +378,5 @@ fn ending(dispatch: &Dispatch, closing: &Closing<'_>, attempt: &Attempt, text: S
 
 /// The error of a job that the broker gave up.
 pub fn undeliverable(why: &str) -> End {
-    End::failed(stoker_shared::outcome::JobError::new(
-        code::UNDELIVERABLE,
-        format!("the broker gave the job up ({why})"),
-    ))
+    End::failed(JobError::new(code::UNDELIVERABLE, format!("the broker gave the job up ({why})")))
 }

@@ -9,20 +9,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics::counter;
-use serde_json::Value;
 use stoker_shared::config::Config;
 use stoker_shared::job::{CachePolicy, Lane};
 use stoker_shared::outcome::{FinishReason, JobError, Usage, code};
 use stoker_shared::ports::{
-    Accepted, CacheRow, Destination, JobRow, JobState, Message, NewJob, Ports, PublishError,
+    Accepted, CacheRow, Destination, JobRow, JobState, Message, NewJob, PortResult, Ports, PublishError,
 };
 use stoker_shared::telemetry::metric;
 use uuid::Uuid;
 
 use crate::billing::Billing;
-use crate::inbox::{End, Feed, Inbox};
+use crate::inbox::{End, Feed, Inbox, SAME_MOMENT};
 use crate::prepare::{Intent, Prepared, Travel, prepare};
 use crate::routing::{Model, Patience, Router};
+use crate::stored;
 use crate::ticket::Ticket;
 
 /// The cache is asked no longer than this: generating is the alternative.
@@ -31,7 +31,9 @@ const CACHE_LIMIT: Duration = Duration::from_millis(500);
 const PUBLISH_LIMIT: Duration = Duration::from_secs(15);
 /// A submitter of an asynchronous job waits no longer than this for the broker: the ledger has the job already.
 const QUEUED_PUBLISH_LIMIT: Duration = Duration::from_secs(5);
-/// The ledger has so long to accept a job.
+/// A request joins a job that leaves it at least this share of its own time.
+const LEAST_SHARE: f64 = 0.9;
+/// The ledger has so long to accept a job, or to find one.
 const LEDGER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Submits jobs.
@@ -79,10 +81,12 @@ impl Dispatch {
             Ok(ticket.free(prepared.job, caller.tenant.to_string(), caller.api_key_id.clone(), billing))
         };
 
-        // Joining someone's last seconds would cut this request's time short.
-        let not_before = accepted + deadline.saturating_duration_since(accepted) / 2;
+        // Joining someone's last seconds would cut this request's time short; someone whose deadline is later would be
+        // waited for beyond this one's.
+        let time = deadline.saturating_duration_since(accepted);
+        let deadlines = accepted + time.mul_f64(LEAST_SHARE)..=*deadline + SAME_MOMENT;
         let joined = prepared.identity.as_deref();
-        if let Some(reader) = joined.and_then(|identity| self.inbox.join(identity, not_before, only_end)) {
+        if let Some(reader) = joined.and_then(|identity| self.inbox.join(identity, &deadlines, only_end)) {
             return free(Ticket::own(key, model.clone(), accepted, reader), prepared);
         }
         if let Some((text, end)) = self.cached(&prepared).await {
@@ -92,7 +96,7 @@ impl Dispatch {
         }
         let message = prepared.message()?;
         let feed = Feed::new(key, prepared.identity.clone(), *deadline, true);
-        let (reader, joined) = self.inbox.register(feed.clone(), not_before, only_end);
+        let (reader, joined) = self.inbox.register(feed.clone(), &deadlines, only_end);
         let ticket = Ticket::own(key, model.clone(), accepted, reader);
         if joined {
             return free(ticket, prepared);
@@ -163,15 +167,19 @@ impl Dispatch {
     /// Accepts a job that nobody is connected to: into the ledger, then onto the queue. Once the ledger has it, it is
     /// accepted, whatever the broker says: what waits there is published again until it is confirmed.
     pub async fn enqueue(self: &Arc<Self>, intent: Intent, id: Option<String>) -> Result<Queued, JobError> {
-        let model = self.router.route(intent.job.model_name(), Patience::Queued).await?;
-        let travel = Travel::Queued { id, front_door: false };
-        let prepared = prepare(intent, model, travel, &self.config.coordinator)?;
+        let chosen = id.as_ref().map(|id| (intent.caller.tenant.clone(), id.clone(), intent.job.body_hash()));
+        let prepared = match self.prepare_queued(intent, id).await {
+            Ok(prepared) => prepared,
+            // What was accepted once stays so, even if it would be refused now.
+            Err(error) => {
+                let Some((tenant, id, body_hash)) = chosen else { return Err(error) };
+                let known = self.known(&tenant, &id, &body_hash).await?;
+                return known.map(|row| Queued { id, state: row.state }).ok_or(error);
+            }
+        };
         let message = prepared.message()?;
         let id = message.id.clone();
-        let new = new_job(&prepared, &message, self.config.coordinator.job_retention_s);
-        let accepted = tokio::time::timeout(LEDGER_LIMIT, self.ports.ledger.accept(&new)).await;
-        let accepted = accepted.map_err(|_| ledger_down("it does not answer"))?;
-        match accepted.map_err(|e| ledger_down(&e.to_string()))? {
+        match self.accept(&prepared, &message).await? {
             Accepted::New => {}
             Accepted::Same(row) => return Ok(Queued { id, state: row.state }),
             Accepted::Taken => {
@@ -196,6 +204,23 @@ impl Dispatch {
         Ok(Queued { id, state: JobState::Waiting })
     }
 
+    async fn prepare_queued(&self, intent: Intent, id: Option<String>) -> Result<Prepared, JobError> {
+        let model = self.router.route(intent.job.model_name(), Patience::Queued).await?;
+        prepare(intent, model, Travel::Queued { id, front_door: false }, &self.config.coordinator)
+    }
+
+    /// Writes a job down in the ledger.
+    pub async fn accept(&self, prepared: &Prepared, message: &Message) -> Result<Accepted, JobError> {
+        let new = new_job(prepared, message, self.config.coordinator.job_retention_s);
+        in_time(self.ports.ledger.accept(&new)).await
+    }
+
+    /// The job of a tenant with an id that it chose, if it was accepted with the same body.
+    pub async fn known(&self, tenant: &str, id: &str, body_hash: &str) -> Result<Option<JobRow>, JobError> {
+        let row = in_time(self.ports.ledger.find(stoker_shared::envelope::key_of(tenant, id))).await?;
+        Ok(row.filter(|row| row.body_hash == body_hash))
+    }
+
     /// Notes, in the background, that the queue has an accepted job. Should that fail, the job is published again, and
     /// the claim in the ledger keeps it from running twice.
     pub fn confirm(self: &Arc<Self>, key: Uuid) {
@@ -212,9 +237,7 @@ impl Dispatch {
         let given = stoker_shared::envelope::key_of(tenant, id);
         let minted: Option<Uuid> = id.parse().ok();
         for key in std::iter::once(given).chain(minted) {
-            let found = tokio::time::timeout(LEDGER_LIMIT, self.ports.ledger.find(key)).await;
-            let found = found.map_err(|_| ledger_down("it does not answer"))?;
-            let found = found.map_err(|e| ledger_down(&e.to_string()))?;
+            let found = in_time(self.ports.ledger.find(key)).await?;
             if let Some(row) = found.filter(|row| row.tenant == tenant) {
                 return Ok(Some(row));
             }
@@ -232,9 +255,7 @@ fn new_job(prepared: &Prepared, message: &Message, retention_s: u64) -> NewJob {
         job_id: message.id.clone(),
         body_hash: envelope.body_hash.clone(),
         body: message.body.clone(),
-        headers: Value::Object(
-            message.headers.iter().map(|(k, v)| (k.clone(), Value::from(v.as_str()))).collect(),
-        ),
+        headers: stored::headers(message),
         expires_in_s: until + retention_s,
     }
 }
@@ -266,6 +287,12 @@ pub fn refusal(error: &PublishError, model: &Model) -> JobError {
             JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's broker can't be reached; try again")
         }
     }
+}
+
+/// What the ledger answers, if it does so in time.
+async fn in_time<T>(answer: impl Future<Output = PortResult<T>>) -> Result<T, JobError> {
+    let answer = tokio::time::timeout(LEDGER_LIMIT, answer).await;
+    answer.map_err(|_| ledger_down("it does not answer"))?.map_err(|e| ledger_down(&e.to_string()))
 }
 
 fn ledger_down(said: &str) -> JobError {

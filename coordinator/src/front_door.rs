@@ -1,10 +1,12 @@
 //! The front door for services that enqueue by themselves: drains `llm.requests`, always, because the broker drops the
 //! oldest messages of a long queue without a word.
 //!
-//! A message is settled only when its job is on a work queue (confirmed) or it is a dead letter in the ledger; until
-//! then it is held. What must wait (a full queue, a service that is down, a fleet that nobody has joined yet) waits with
-//! growing pauses and keeps its delivery: giving it back would bring it again within a millisecond. A message that
-//! comes twice is harmless, because workers claim jobs with ids that others chose in the ledger.
+//! A message is settled only when its job is on a work queue (confirmed), in the ledger, or a dead letter there; until
+//! then it is held. What a queue does not take now (it is full, the broker is away) is left to the ledger, so that it holds
+//! up nobody else's; so is what may wait for ever, because no worker serves its model. What must wait all the same (a fleet
+//! that nobody has joined yet, all services down) waits with growing pauses and keeps its delivery: giving it back would
+//! bring it again within a millisecond. A message that comes twice is harmless, because workers claim jobs with ids that
+//! others chose in the ledger.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +16,8 @@ use futures::stream;
 use serde_json::Value;
 use stoker_shared::job::{Job, MAX_ID_BYTES};
 use stoker_shared::outcome::{JobError, code};
-use stoker_shared::ports::{Consumer, Delivery, Message, PublishError, Source};
+use stoker_shared::ports::{Accepted, Consumer, Delivery, Message, PublishError, Source};
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use crate::BACKOFF;
@@ -24,7 +27,7 @@ use crate::dispatch::Dispatch;
 use crate::inbox::{End, deadline_passed};
 use crate::letters;
 use crate::outcome::{Story, outcome};
-use crate::prepare::{Defaults, Intent, Prepared, Travel, prepare};
+use crate::prepare::{Defaults, Intent, Prepared, Travel, prepare, remaining};
 use crate::routing::{Model, Patience};
 
 /// Messages that are handled side by side, those that wait included.
@@ -78,6 +81,8 @@ async fn handle(dispatch: &Arc<Dispatch>, admission: &Admission, delivery: Deliv
     };
     match admitted {
         Ok(prepared) => pass_on(dispatch, message, prepared).await,
+        // What was accepted once stays so, even if it would be refused now.
+        Err(_) if answer_known(dispatch, message, &caller).await => {}
         Err(error) => refuse(dispatch, message, &caller, &error).await,
     }
     if let Err(e) = delivery.receipt.ack().await {
@@ -105,7 +110,7 @@ fn is_ours(queue: &str, prefix: &str) -> bool {
         || (!prefix.is_empty() && queue.starts_with(prefix))
 }
 
-/// Completes a job; waits for as long as the fleet has no model at all.
+/// Completes a job; waits for as long as the fleet has no model for it, until its deadline.
 async fn admit(
     dispatch: &Arc<Dispatch>,
     message: &Message,
@@ -113,11 +118,15 @@ async fn admit(
     caller: &Caller,
 ) -> Result<Prepared, JobError> {
     let given = job.id.clone().or_else(|| fitting(&message.id));
+    let settings = &dispatch.config.coordinator;
+    let accepted = Instant::now();
+    let deadline = accepted + remaining(&job, OffsetDateTime::now_utc(), settings)?;
     let mut backoff = BACKOFF;
     let model = loop {
         match dispatch.router.route(job.model_name(), Patience::Queued).await {
             Ok(model) => break model,
             Err(e) if e.code == code::MODEL_NOT_FOUND => return Err(e),
+            Err(_) if Instant::now() >= deadline => return Err(deadline_passed()),
             Err(e) => tracing::debug!(job = given, "a front-door job waits: {e}"),
         }
         backoff.pause().await;
@@ -126,14 +135,36 @@ async fn admit(
         job,
         caller: caller.clone(),
         defaults: Defaults::guide(&dispatch.config.limits),
-        accepted: Instant::now(),
+        accepted,
         traceparent: message.headers.get("traceparent").cloned(),
     };
     let travel = Travel::Queued { id: given, front_door: true };
-    prepare(intent, model, travel, &dispatch.config.coordinator)
+    prepare(intent, model, travel, settings)
 }
 
-/// Publishes a job to its work queue, however long that takes; after its deadline, ends it instead.
+/// Answers a message whose job was accepted before: with its outcome if it has one, else that comes when it is done.
+/// Whether it was.
+async fn answer_known(dispatch: &Dispatch, message: &Message, caller: &Caller) -> bool {
+    let Ok(job) = read(dispatch, message) else { return false };
+    let Some(id) = job.id.clone().or_else(|| fitting(&message.id)) else { return false };
+    let mut backoff = BACKOFF;
+    let known = loop {
+        match dispatch.known(&caller.tenant, &id, &job.body_hash()).await {
+            Ok(known) => break known,
+            Err(e) => tracing::debug!(job = id, "can't ask yet whether a job is known: {e}"),
+        }
+        backoff.pause().await;
+    };
+    let Some(row) = known else { return false };
+    if let Some(outcome) = row.outcome {
+        let reply_to = message.reply_to.as_deref();
+        let correlation_id = message.correlation_id.as_deref();
+        closing::announce(&dispatch.ports, &id, outcome, true, reply_to, correlation_id).await;
+    }
+    true
+}
+
+/// Sees a job to its work queue or into the ledger, however long that takes; after its deadline, ends it instead.
 async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, prepared: Prepared) {
     let reply_to = origin.reply_to.as_deref();
     let correlation_id = origin.correlation_id.as_deref();
@@ -150,13 +181,20 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, prepared: Prepared)
             Err(e) => tracing::debug!(job = job.id, "the cached answer can't be made final, so it runs: {e}"),
         }
     }
+    // Nobody may come for it before its deadline: then it has to be in the ledger.
+    let mut kept = !model.served && keep(dispatch, &prepared, &message).await;
     let mut backoff = BACKOFF;
     loop {
         let error = match dispatch.publish(model, job.lane, message.clone(), PUBLISH_LIMIT).await {
+            Ok(()) if kept => return dispatch.confirm(envelope.key),
             Ok(()) => return,
             Err(e) => e,
         };
         note(&error, job, model);
+        kept = kept || keep(dispatch, &prepared, &message).await;
+        if kept {
+            return;
+        }
         if Instant::now() >= *deadline {
             let end = End::failed(deadline_passed());
             let closing = Closing { job, envelope, reply_to, correlation_id, text: None, end, dead: None };
@@ -166,6 +204,17 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, prepared: Prepared)
             }
         }
         backoff.pause().await;
+    }
+}
+
+/// Leaves a job to the ledger, from where it is published again; false if it can't be, or is there already.
+async fn keep(dispatch: &Dispatch, prepared: &Prepared, message: &Message) -> bool {
+    match dispatch.accept(prepared, message).await {
+        Ok(accepted) => accepted == Accepted::New,
+        Err(e) => {
+            tracing::debug!(job = message.id, "the ledger can't take it now: {e}");
+            false
+        }
     }
 }
 

@@ -4,7 +4,8 @@
 //! A request flows one way: [`http`] turns JSON into a job, [`admission`] lets its caller in, [`routing`] gives it a
 //! model, [`dispatch`] asks the cache, joins an identical job or publishes it, and the [`inbox`] hands the worker's
 //! frames to whoever waits. Beside that, [`front_door`] takes jobs from services that enqueue by themselves, [`dead`]
-//! those that the broker gave up, and [`sweeper`] publishes again what was accepted and never confirmed.
+//! those that the broker gave up, and [`sweeper`] publishes again what was accepted and never confirmed, and ends what
+//! nobody ran in time.
 
 mod admission;
 mod billing;
@@ -19,6 +20,7 @@ mod outcome;
 mod prepare;
 mod presence;
 mod routing;
+mod stored;
 mod sweeper;
 mod ticket;
 
@@ -79,6 +81,8 @@ pub struct Coordinator {
     server: JoinHandle<()>,
     tasks: JoinSet<()>,
     billing: JoinHandle<()>,
+    /// No more rows are handed in.
+    last_call: CancellationToken,
     /// A coordinator that is dropped without a shutdown takes nothing more in, either.
     _stop: DropGuard,
 }
@@ -106,7 +110,9 @@ impl Coordinator {
         registry.declare_new().await;
         tasks.spawn(registry.clone().run());
         let (billing, rows) = Billing::new();
-        let rows = tokio::spawn(billing::run(ports.clone(), config.coordinator.store_prompts, rows));
+        let last_call = CancellationToken::new();
+        let store_prompts = config.coordinator.store_prompts;
+        let rows = tokio::spawn(billing::run(ports.clone(), store_prompts, rows, last_call.clone()));
         let router = Router::new(registry, config.coordinator.strategy);
         let origins = config.http.allowed_origins.clone();
         let admission = Arc::new(Admission::new(&config.coordinator.default_tenant));
@@ -126,7 +132,7 @@ impl Coordinator {
         let server = tokio::spawn(serve(listener, http::router(Arc::new(app), &origins), stop.clone()));
         tracing::info!(coordinator = id, %addr, "listening");
         let on_drop = stop.clone().drop_guard();
-        Ok(Self { id, addr, dispatch, stop, server, tasks, billing: rows, _stop: on_drop })
+        Ok(Self { id, addr, dispatch, stop, server, tasks, billing: rows, last_call, _stop: on_drop })
     }
 
     /// Where it listens.
@@ -150,8 +156,7 @@ impl Coordinator {
         if let Err(e) = self.dispatch.ports.bus.retire(&self.id).await {
             tracing::debug!("can't withdraw this coordinator's presence, it will expire: {e}");
         }
-        // Nobody else can hand in rows now; those that wait are committed.
-        drop(self.dispatch);
+        self.last_call.cancel();
         if tokio::time::timeout(LAST_ROWS, &mut self.billing).await.is_err() {
             tracing::error!("rows of requests that no worker ran for are lost, the ledger did not take them");
             self.billing.abort();

@@ -183,8 +183,15 @@ impl Prepared {
     }
 }
 
-/// Time until the deadline.
-fn remaining(job: &Job, now: OffsetDateTime, settings: &config::Coordinator) -> Result<Duration, JobError> {
+/// Time until the deadline: the job's own, else its lane's.
+///
+/// # Errors
+/// `deadline_exceeded` if it has passed, `invalid_request` if it is too far away.
+pub fn remaining(
+    job: &Job,
+    now: OffsetDateTime,
+    settings: &config::Coordinator,
+) -> Result<Duration, JobError> {
     let Some(asked) = job.deadline_at() else {
         return Ok(Duration::from_secs(match job.lane {
             Lane::Interactive => settings.interactive_deadline_s,

@@ -1,29 +1,38 @@
-//! Publishes again what was accepted but never confirmed (a coordinator died, or the broker was down), and deletes what
-//! has expired. Every coordinator sweeps; what two of them publish runs once, by the claim in the ledger.
+//! Publishes again what was accepted but never confirmed (a coordinator died, the broker was down, a queue was full), ends
+//! what nobody ran in time, and deletes what has expired. Every coordinator sweeps; what two of them publish runs once, by
+//! the claim in the ledger.
 
-use std::collections::BTreeMap;
+use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use serde_json::Value;
-use stoker_shared::job::Job;
-use stoker_shared::ports::{Message, Retention, Unpublished};
+use stoker_shared::job::Lane;
+use stoker_shared::ports::{PublishError, Retention, StoredJob};
+use time::OffsetDateTime;
+use uuid::Uuid;
 
+use crate::closing::{self, Closed};
 use crate::dispatch::Dispatch;
+use crate::inbox::deadline_passed;
 use crate::routing::Patience;
+use crate::stored::{Restored, restore};
 
 /// Between two sweeps.
 const PAUSE: Duration = Duration::from_secs(2);
+/// A sweep that has taken so long is continued by the next one.
+const LONGEST_SWEEP: Duration = Duration::from_secs(5);
 /// A job waits so long for its confirm before it is published again, milliseconds.
 const OLDER_THAN_MS: u64 = 10_000;
-/// Jobs per sweep.
+/// Jobs that are read at once.
 const BATCH: u32 = 500;
 /// Sweeps between two purges.
 const PURGE_EVERY: u32 = 30;
-/// After so many failures a sweep ends.
+/// After so many failures that are no queue's own, a sweep ends: the broker is away.
 const FAILURES: u32 = 10;
 /// The broker has so long for each.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(5);
+/// A worker may say so much later than the deadline itself that it has passed.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// Sweeps until dropped.
 pub async fn run(dispatch: Arc<Dispatch>) {
@@ -32,8 +41,10 @@ pub async fn run(dispatch: Arc<Dispatch>) {
         requests_s: settings.request_retention_s,
         dead_letters_s: settings.dead_letter_retention_s,
     };
+    let mut place = None;
     for turn in 1_u32.. {
-        sweep(&dispatch).await;
+        place = sweep(&dispatch, place).await;
+        end_overdue(&dispatch).await;
         if turn % PURGE_EVERY == 0 {
             match dispatch.ports.ledger.purge(retention).await {
                 Ok(0) => {}
@@ -45,43 +56,90 @@ pub async fn run(dispatch: Arc<Dispatch>) {
     }
 }
 
-async fn sweep(dispatch: &Arc<Dispatch>) {
-    let waiting = match dispatch.ports.ledger.unpublished(OLDER_THAN_MS, BATCH).await {
-        Ok(waiting) => waiting,
-        Err(e) => return tracing::debug!("can't ask which jobs were never published: {e}"),
-    };
+/// Publishes what the queue never confirmed, from behind `place` on; where the next sweep goes on, `None` for the beginning.
+async fn sweep(dispatch: &Arc<Dispatch>, mut place: Option<Uuid>) -> Option<Uuid> {
+    let started = Instant::now();
+    // A queue that takes nothing now is not asked for each of its jobs.
+    let mut closed = HashSet::new();
     let mut failures = 0;
-    for job in waiting {
-        let key = job.key;
-        match publish(dispatch, job).await {
-            Ok(()) => {
-                tracing::info!(job = %key, "published again");
-                dispatch.confirm(key);
-            }
+    while started.elapsed() < LONGEST_SWEEP {
+        let waiting = match dispatch.ports.ledger.unpublished(OLDER_THAN_MS, place, BATCH).await {
+            Ok(waiting) => waiting,
             Err(e) => {
-                tracing::warn!(job = %key, "still not on its queue: {e}");
-                failures += 1;
-                if failures == FAILURES {
-                    // One model's queue may be full; so many failures are the broker's.
-                    return;
+                tracing::debug!("can't ask which jobs were never published: {e}");
+                return place;
+            }
+        };
+        place = waiting.last().map(|job| job.key);
+        for job in waiting {
+            let key = job.key;
+            match publish(dispatch, job, &mut closed).await {
+                Ok(true) => {
+                    tracing::info!(job = %key, "published again");
+                    dispatch.confirm(key);
+                }
+                Ok(false) => {}
+                Err(e) => {
+                    tracing::warn!(job = %key, "still not on its queue: {e}");
+                    failures += 1;
+                    if failures == FAILURES {
+                        return None;
+                    }
                 }
             }
         }
+        place?;
+    }
+    place
+}
+
+/// Publishes a job, unless its queue is among the closed ones; whether it did.
+async fn publish(
+    dispatch: &Dispatch,
+    stored: StoredJob,
+    closed: &mut HashSet<(String, Lane)>,
+) -> Result<bool, String> {
+    let Restored { job, message, .. } = restore(stored)?;
+    let queue = (job.model_name().unwrap_or_default().to_owned(), job.lane);
+    if closed.contains(&queue) {
+        return Ok(false);
+    }
+    let routed = dispatch.router.route(job.model_name(), Patience::Queued).await;
+    let model = routed.map_err(|e| e.message)?;
+    match dispatch.publish(&model, job.lane, message, PUBLISH_LIMIT).await {
+        Ok(()) => Ok(true),
+        Err(PublishError::Full) => {
+            tracing::debug!(model = queue.0, "what waits for a full queue waits on");
+            closed.insert(queue);
+            Ok(false)
+        }
+        Err(e) => Err(e.to_string()),
     }
 }
 
-async fn publish(dispatch: &Dispatch, waiting: Unpublished) -> Result<(), String> {
-    let job: Job =
-        serde_json::from_slice(&waiting.body).map_err(|e| format!("its body can't be read: {e}"))?;
-    let model = dispatch.router.route(job.model_name(), Patience::Queued).await.map_err(|e| e.message)?;
-    let headers: BTreeMap<String, String> = match waiting.headers {
-        Value::Object(map) => {
-            map.into_iter().filter_map(|(k, v)| Some((k, v.as_str()?.to_owned()))).collect()
-        }
-        _ => return Err("its headers can't be read".into()),
+/// Ends jobs whose time is up and that no worker has: nobody may ever come for them.
+async fn end_overdue(dispatch: &Dispatch) {
+    let kept_s = dispatch.config.coordinator.job_retention_s;
+    let expiring = match dispatch.ports.ledger.expiring(kept_s, BATCH).await {
+        Ok(expiring) => expiring,
+        Err(e) => return tracing::debug!("can't ask whose time is up: {e}"),
     };
-    let id = job.id.clone().unwrap_or_default();
-    let message = Message { id, body: waiting.body, headers, ..Message::default() };
-    let published = dispatch.publish(&model, job.lane, message, PUBLISH_LIMIT).await;
-    published.map_err(|e| e.to_string())
+    for stored in expiring {
+        let key = stored.key;
+        let restored = match restore(stored) {
+            Ok(restored) => restored,
+            Err(e) => {
+                tracing::warn!(job = %key, "can't end a job whose time is up: {e}");
+                continue;
+            }
+        };
+        if restored.job.deadline_at().is_none_or(|deadline| OffsetDateTime::now_utc() < deadline + GRACE) {
+            continue;
+        }
+        match closing::give_up(dispatch, &restored, deadline_passed()).await {
+            Ok(Closed::Done { .. }) => tracing::info!(job = %key, "nobody ran it before its deadline"),
+            Ok(Closed::Already | Closed::Running) => {}
+            Err(e) => tracing::debug!(job = %key, "can't end a job whose time is up yet: {e}"),
+        }
+    }
 }

@@ -87,7 +87,7 @@ pub enum Pushed {
 /// is lost or repeated, the text is always a prefix of the job's final text.
 #[derive(Clone, Debug, Default)]
 pub struct Assembly {
-    /// Newest epoch seen.
+    /// Newest epoch that the text has something of.
     pub epoch: u64,
     /// Offset of `text` in the whole text, bytes: above 0 once [`Assembly::forget`] was called.
     pub start: usize,
@@ -119,11 +119,12 @@ impl Assembly {
         if frame.epoch < self.epoch || self.last.is_some() {
             return Pushed::Nothing;
         }
-        self.epoch = frame.epoch;
         let have = self.end();
         if frame.at > have {
+            // Its epoch does not count yet: what fills the gap may have been said by an older attempt.
             return Pushed::Gap;
         }
+        self.epoch = frame.epoch;
         let mut advanced = false;
         if let Some(new) = frame.text.get(have - frame.at..).filter(|new| !new.is_empty()) {
             self.text.push_str(new);
@@ -156,6 +157,15 @@ mod tests {
         assert_eq!(a.push(&frame(2, 10, "ld")), Pushed::Advanced);
         assert_eq!(a.push(&frame(1, 12, "XX")), Pushed::Nothing);
         assert_eq!(a.text, "Hello, world");
+    }
+
+    #[test]
+    fn what_an_older_attempt_said_fills_the_gap_before_a_newer_one() {
+        let mut a = Assembly::default();
+        assert_eq!(a.push(&frame(2, 5, ", world")), Pushed::Gap);
+        assert_eq!(a.push(&frame(1, 0, "Hello")), Pushed::Advanced);
+        assert_eq!(a.push(&frame(2, 5, ", world")), Pushed::Advanced);
+        assert_eq!((a.text.as_str(), a.epoch), ("Hello, world", 2));
     }
 
     #[test]

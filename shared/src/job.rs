@@ -227,6 +227,9 @@ pub const MAX_STOP_BYTES: usize = 256;
 /// What a token channel's name starts with.
 pub const TOKEN_CHANNEL_PREFIX: &str = "llm.tokens.";
 
+/// Longest message of an error about a field, characters: a parser may quote all of what it found.
+const LONGEST_MESSAGE: usize = 500;
+
 /// Parses JSON into `T`, with an error that names the field at fault.
 pub fn parse_json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, JobError> {
     if let Err(e) = std::str::from_utf8(body) {
@@ -238,13 +241,14 @@ pub fn parse_json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, JobE
     let mut de = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut de).map_err(|e| {
         let path = e.path().to_string();
-        let inner = e.into_inner();
-        if inner.is_data() && path != "." {
-            JobError::field(code::INVALID_REQUEST, path.clone(), format!("{path}: {inner}"))
-        } else if inner.is_data() {
-            JobError::new(code::INVALID_REQUEST, format!("the body does not fit: {inner}"))
+        let is_data = e.inner().is_data();
+        let said: String = e.into_inner().to_string().chars().take(LONGEST_MESSAGE).collect();
+        if is_data && path != "." {
+            JobError::field(code::INVALID_REQUEST, path.clone(), format!("{path}: {said}"))
+        } else if is_data {
+            JobError::new(code::INVALID_REQUEST, format!("the body does not fit: {said}"))
         } else {
-            JobError::new(code::INVALID_REQUEST, format!("the body is not valid JSON: {inner}"))
+            JobError::new(code::INVALID_REQUEST, format!("the body is not valid JSON: {said}"))
         }
     })?;
     de.end().map_err(|e| JobError::new(code::INVALID_REQUEST, format!("the body is not valid JSON: {e}")))?;

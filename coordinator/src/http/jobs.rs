@@ -8,18 +8,18 @@ use axum::http::header::{CONTENT_TYPE, LOCATION};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use stoker_shared::envelope::Envelope;
 use stoker_shared::job::{Job, MAX_ID_BYTES, TOKEN_CHANNEL_PREFIX};
 use stoker_shared::outcome::{JobError, Outcome, code};
-use stoker_shared::ports::{JobRow, JobState};
+use stoker_shared::ports::{JobRow, JobState, StoredJob};
 use time::OffsetDateTime;
 
 use super::error::{Family, JOB_NOT_FOUND};
 use super::sse::{self, Events, json_event, json_string};
 use super::{App, body, traceparent};
-use crate::closing::{self, Closed, Closing};
+use crate::closing::{self, Closed};
 use crate::inbox::End;
 use crate::prepare::{Defaults, Intent};
+use crate::stored;
 
 /// The answer of a job's own worker may come so much later than its deadline.
 const GRACE: Duration = Duration::from_secs(10);
@@ -129,29 +129,17 @@ async fn cancelled(app: &App, headers: &HeaderMap, id: &str) -> Result<Response,
 
 /// Ends a job that nobody has started; false if somebody has, meanwhile.
 async fn ended_here(app: &App, row: &JobRow) -> bool {
-    let Some(job) = body_of(row) else { return false };
-    let envelope = Envelope {
-        key: row.key,
-        tenant: row.tenant.clone(),
-        once: false,
-        front_door: false,
-        body_hash: row.body_hash.clone(),
-        accepted_ms: u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default() * 1000,
-        cache_key: None,
-        revision: None,
-        coordinator: None,
+    let Some(body) = row.body.clone() else { return false };
+    let stored = StoredJob { key: row.key, body, headers: row.headers.clone() };
+    let cancelled = JobError::new(code::CANCELLED, "the job was cancelled before it began");
+    let closed = match stored::restore(stored) {
+        Ok(restored) => closing::give_up(&app.dispatch, &restored, cancelled).await,
+        Err(e) => {
+            tracing::warn!(job = %row.key, "a waiting job is no longer whole: {e}");
+            return false;
+        }
     };
-    let end = End::failed(JobError::new(code::CANCELLED, "the job was cancelled before it began"));
-    let closing = Closing {
-        job: &job,
-        envelope: &envelope,
-        reply_to: None,
-        correlation_id: None,
-        text: None,
-        end,
-        dead: None,
-    };
-    match closing::close(&app.dispatch, closing).await {
+    match closed {
         Ok(Closed::Done { .. } | Closed::Already) => true,
         Ok(Closed::Running) => false,
         Err(e) => {

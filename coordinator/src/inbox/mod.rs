@@ -11,6 +11,7 @@ mod reader;
 mod rescue;
 mod table;
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -32,6 +33,12 @@ use crate::BACKOFF;
 const TICK: Duration = Duration::from_millis(250);
 /// How long a cancellation is kept beyond its job's deadline, for a delivery that comes late.
 const CANCEL_GRACE: Duration = Duration::from_secs(60);
+
+/// Deadlines that two requests were given at one moment may be so far apart: each counts from when it was looked at.
+pub const SAME_MOMENT: Duration = Duration::from_secs(1);
+
+/// Which deadlines of a job in flight suit a request that would join it.
+pub type Deadlines = RangeInclusive<Instant>;
 
 /// The feeds of this coordinator.
 pub struct Inbox {
@@ -77,9 +84,9 @@ impl Inbox {
         self.table.len()
     }
 
-    /// A reader of the job in flight that means the same, if there is one with time left until `not_before`.
-    pub fn join(self: &Arc<Self>, identity: &str, not_before: Instant, only_end: bool) -> Option<Reader> {
-        let (feed, slot) = self.table.join(identity, |feed| enter(feed, not_before, only_end))?;
+    /// A reader of the job in flight that means the same, if there is one whose deadline is among `deadlines`.
+    pub fn join(self: &Arc<Self>, identity: &str, deadlines: &Deadlines, only_end: bool) -> Option<Reader> {
+        let (feed, slot) = self.table.join(identity, |feed| enter(feed, deadlines, only_end))?;
         Some(Reader::new(self.clone(), feed, slot))
     }
 
@@ -88,12 +95,12 @@ impl Inbox {
     pub fn register(
         self: &Arc<Self>,
         feed: Arc<Feed>,
-        not_before: Instant,
+        deadlines: &Deadlines,
         only_end: bool,
     ) -> (Reader, bool) {
         // Nobody has left a feed yet that nobody knows: there is a place.
         let slot = feed.join(only_end).unwrap_or_default();
-        match self.table.insert_or_join(feed.clone(), |same| enter(same, not_before, only_end)) {
+        match self.table.insert_or_join(feed.clone(), |same| enter(same, deadlines, only_end)) {
             Some((same, slot)) => (Reader::new(self.clone(), same, slot), true),
             None => (Reader::new(self.clone(), feed, slot), false),
         }
@@ -113,8 +120,12 @@ impl Inbox {
             Some((feed, slot)) => Reader::new(self.clone(), feed, slot),
             None => {
                 let feed = Feed::new(key, None, deadline, false);
-                feed.hold(self.pump(channel, feed.clone()));
-                self.register(feed, deadline, false).0
+                let deadlines = Instant::now()..=deadline + SAME_MOMENT;
+                let (reader, joined) = self.register(feed.clone(), &deadlines, false);
+                if !joined {
+                    feed.hold(self.pump(channel, feed.clone()));
+                }
+                reader
             }
         };
         reader.start_at(at);
@@ -206,9 +217,9 @@ impl Inbox {
     }
 }
 
-/// A place in a job in flight, unless it is over or about to run out of time.
-fn enter(feed: &Feed, not_before: Instant, only_end: bool) -> Option<usize> {
-    if feed.ended() || feed.deadline < not_before { None } else { feed.join(only_end) }
+/// A place in a job in flight, unless it is over or its time is not what is wanted.
+fn enter(feed: &Feed, deadlines: &Deadlines, only_end: bool) -> Option<usize> {
+    if feed.ended() || !deadlines.contains(&feed.deadline) { None } else { feed.join(only_end) }
 }
 
 impl InboxTasks {

@@ -32,19 +32,22 @@ impl Table {
         self.lock().by_key.len()
     }
 
-    /// Adds one, unless there is one that means the same and `enter` finds a place in it: then that one.
+    /// Adds one, unless there is one of the same job, or one that means the same, and `enter` finds a place in it: then
+    /// that one.
     pub fn insert_or_join(
         &self,
         feed: Arc<Feed>,
         enter: impl FnOnce(&Feed) -> Option<usize>,
     ) -> Option<(Arc<Feed>, usize)> {
         let mut maps = self.lock();
+        let same_job = maps.by_key.get(&feed.key);
+        let same = same_job.or_else(|| maps.by_identity.get(feed.identity.as_ref()?));
+        if let Some(same) = same
+            && let Some(slot) = enter(same)
+        {
+            return Some((same.clone(), slot));
+        }
         if let Some(identity) = &feed.identity {
-            if let Some(same) = maps.by_identity.get(identity)
-                && let Some(slot) = enter(same)
-            {
-                return Some((same.clone(), slot));
-            }
             maps.by_identity.insert(identity.clone(), feed.clone());
         }
         maps.by_key.insert(feed.key, feed);
@@ -96,5 +99,24 @@ impl Table {
     /// All of them, as they are now.
     pub fn all(&self) -> Vec<Arc<Feed>> {
         self.lock().by_key.values().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn two_who_come_to_a_job_at_the_same_moment_share_its_feed() {
+        let (table, key) = (Table::default(), Uuid::now_v7());
+        let feed = || Feed::new(key, None, Instant::now() + Duration::from_secs(60), false);
+        let first = feed();
+        let place = first.join(false);
+        assert!(table.insert_or_join(first.clone(), |same| same.join(false)).is_none());
+        let (shared, second) = table.insert_or_join(feed(), |same| same.join(false)).unwrap();
+        assert!(Arc::ptr_eq(&shared, &first) && Some(second) != place);
+        assert_eq!(table.len(), 1);
     }
 }

@@ -43,14 +43,19 @@ impl Router {
     /// `model_not_found` for a model that nobody knows; `model_unavailable` for one that nothing serves, or when no
     /// model at all is known yet; `service_unavailable` while the bus, which knows the workers, can't be reached.
     pub async fn route(&self, name: Option<&str>, patience: Patience) -> Result<Arc<Model>, JobError> {
-        let first = self.find(&self.registry.snapshot(), name, patience);
-        match first {
+        let mut found = self.find(&self.registry.snapshot(), name, patience);
+        if found.as_ref().is_err_and(|e| e.code != code::SERVICE_UNAVAILABLE) {
             // Someone may have come since.
-            Err(e) if e.code != code::SERVICE_UNAVAILABLE => {
-                self.registry.refresh().await;
-                self.find(&self.registry.snapshot(), name, patience)
+            self.registry.refresh().await;
+            found = self.find(&self.registry.snapshot(), name, patience);
+        }
+        match (found, name) {
+            // What the bus has forgotten, the broker may still know.
+            (Err(e), Some(name)) if e.code == code::MODEL_NOT_FOUND && patience == Patience::Queued => {
+                let queue = self.registry.queue_of(name).await;
+                queue.map_err(|_| stale())?.ok_or(e)
             }
-            settled => settled,
+            (found, _) => found,
         }
     }
 
@@ -60,12 +65,10 @@ impl Router {
         name: Option<&str>,
         patience: Patience,
     ) -> Result<Arc<Model>, JobError> {
-        let stale =
-            || JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's bus can't be reached; try again");
         if patience == Patience::Connected && snapshot.is_stale() {
             return Err(stale());
         }
-        let Some(name) = name else { return self.choose(snapshot, patience) };
+        let Some(name) = name else { return self.choose(snapshot) };
         match snapshot.models.get(name) {
             Some(m) if m.takes_jobs() || patience == Patience::Queued => Ok(m.clone()),
             Some(_) => Err(unavailable(format!("no worker serves the model {name:?} now"))),
@@ -78,17 +81,21 @@ impl Router {
         }
     }
 
-    /// The strategy's choice: among the models that are served; else among those that the configuration promises.
-    fn choose(&self, snapshot: &Snapshot, patience: Patience) -> Result<Arc<Model>, JobError> {
+    /// The strategy's choice: among the models that are served; else among those that the configuration promises. Not
+    /// among all that ever were: nobody may come to serve the one that is chosen.
+    fn choose(&self, snapshot: &Snapshot) -> Result<Arc<Model>, JobError> {
         let pick = |wanted: &dyn Fn(&Model) -> bool| {
             let candidates: Vec<&Model> = snapshot.in_order().filter(|m| wanted(m)).collect();
             self.strategy.choose(&candidates).and_then(|m| snapshot.models.get(&m.name)).cloned()
         };
         pick(&|m| m.served)
             .or_else(|| pick(&|m| m.configured))
-            .or_else(|| if patience == Patience::Queued { pick(&|_| true) } else { None })
             .ok_or_else(|| unavailable("no worker serves any model now".into()))
     }
+}
+
+fn stale() -> JobError {
+    JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's bus can't be reached; try again")
 }
 
 fn unavailable(message: String) -> JobError {

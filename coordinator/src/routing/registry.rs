@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
-use stoker_shared::ports::{PRESENCE_PERIOD, PortResult, Ports, ServedModel, WorkerPresence};
+use stoker_shared::job::Lane;
+use stoker_shared::ports::{PRESENCE_PERIOD, PortResult, Ports, ServedModel, Source, WorkerPresence};
 
 /// How often the snapshot is renewed.
 const REFRESH: Duration = Duration::from_secs(1);
@@ -173,6 +174,13 @@ impl Registry {
         }
     }
 
+    /// A model that nobody has spoken of, but that has a work queue: workers have served it before the bus lost its memory.
+    pub async fn queue_of(&self, name: &str) -> PortResult<Option<Arc<Model>>> {
+        let queue = Source::Work { model: name.to_owned(), lane: Lane::Interactive };
+        let depth = self.ports.queue.depth(&queue).await?;
+        Ok(depth.map(|_| Arc::new(Model { name: name.into(), created: unix_seconds(), ..Model::default() })))
+    }
+
     /// Declares one model's work queues, even if that was done before; whether it worked.
     pub async fn declare_now(&self, name: &Arc<str>) -> bool {
         let declared = tokio::time::timeout(DECLARE_LIMIT, self.ports.queue.declare_work(name)).await;
@@ -237,6 +245,17 @@ fn merge(
             model.revision = revision;
         }
     }
+    // The bus may have come back empty, and not every worker be there again.
+    for (name, model) in &before.models {
+        models.entry(name.clone()).or_insert_with(|| Model {
+            name: name.clone(),
+            context: model.context,
+            architecture: model.architecture.clone(),
+            format: model.format.clone(),
+            created: model.created,
+            ..Model::default()
+        });
+    }
     Snapshot {
         models: models.into_iter().map(|(name, model)| (name, Arc::new(model))).collect(),
         configured: configured.to_vec(),
@@ -261,4 +280,24 @@ fn describe(model: &mut Model, said: &ServedModel) {
 
 fn unix_seconds() -> i64 {
     time::OffsetDateTime::now_utc().unix_timestamp()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worker(model: &str) -> WorkerPresence {
+        let model = ServedModel { name: model.into(), context: 64, ..ServedModel::default() };
+        WorkerPresence { id: format!("w-{}", model.name), models: vec![model], ..WorkerPresence::default() }
+    }
+
+    #[test]
+    fn a_model_stays_known_when_the_bus_has_forgotten_it() {
+        let before = merge(&[], &[worker("a"), worker("b")], &[], &Snapshot::default());
+        // The bus came back empty, and only one worker has announced itself again.
+        let now = merge(&[], &[worker("a")], &[], &before);
+        let model = |name: &str| now.models[name].as_ref();
+        assert!(model("a").served);
+        assert!(!model("b").served && model("b").context == 64);
+    }
 }

@@ -1,7 +1,7 @@
 //! Real (embedded) ports that fail on demand: what a broker or bus does on a bad day, at a moment that a test chooses.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -28,17 +28,23 @@ pub enum Confirms {
 pub struct FaultyQueue {
     inner: Arc<dyn Queue>,
     mode: watch::Sender<Confirms>,
+    full: Mutex<Option<String>>,
 }
 
 impl FaultyQueue {
     /// Over a queue that works.
     pub fn new(inner: Arc<dyn Queue>) -> Arc<Self> {
-        Arc::new(Self { inner, mode: watch::Sender::new(Confirms::Prompt) })
+        Arc::new(Self { inner, mode: watch::Sender::new(Confirms::Prompt), full: Mutex::default() })
     }
 
     /// From now on.
     pub fn set(&self, mode: Confirms) {
         self.mode.send_replace(mode);
+    }
+
+    /// From now on this model's queues are full.
+    pub fn refuse(&self, model: &str) {
+        *self.full.lock().unwrap() = Some(model.into());
     }
 }
 
@@ -53,8 +59,9 @@ impl Queue for FaultyQueue {
     }
 
     async fn publish(&self, to: &Destination, message: Message) -> Result<(), PublishError> {
-        if !matches!(to, Destination::Work { .. }) {
-            return self.inner.publish(to, message).await;
+        let Destination::Work { model, .. } = to else { return self.inner.publish(to, message).await };
+        if self.full.lock().unwrap().as_ref() == Some(model) {
+            return Err(PublishError::Full);
         }
         let mode = *self.mode.borrow();
         match mode {

@@ -126,6 +126,12 @@ pub async fn events(response: Response) -> Vec<String> {
         .collect()
 }
 
+/// A deadline.
+pub fn in_seconds(seconds: u64) -> String {
+    let at = time::OffsetDateTime::now_utc() + Duration::from_secs(seconds);
+    at.format(&time::format_description::well_known::Rfc3339).unwrap()
+}
+
 /// Waits until something holds; fails after a generous while.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
     for _ in 0..1500 {

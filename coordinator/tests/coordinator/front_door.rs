@@ -11,8 +11,8 @@ use stoker_shared::job::{Job, Lane};
 use stoker_shared::outcome::Outcome;
 use stoker_shared::ports::{Destination, Liveness, LogHeader, Message, Notice, Opening, Ports, Source};
 
-use crate::faults::FaultyBus;
-use crate::fleet::{Fleet, MODEL, config, eventually, ports, take};
+use crate::faults::{FaultyBus, FaultyQueue};
+use crate::fleet::{Fleet, MODEL, config, eventually, in_seconds, ports, take};
 use crate::worker::{TestWorker, echo};
 
 async fn put(ports: &Ports, body: impl Into<Bytes>) {
@@ -176,6 +176,66 @@ async fn a_full_work_queue_holds_the_front_door_and_loses_nothing() {
     let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
     eventually("all have run", || async { worker.started() == 8 }).await;
     drop(fleet);
+}
+
+#[tokio::test]
+async fn a_job_that_nobody_comes_for_is_answered_at_its_deadline() {
+    let (fleet, _worker) = Fleet::echoing().await;
+    // The bus has forgotten the model, the broker has not.
+    fleet.ports.queue.declare_work("gone").await.unwrap();
+    let body = json!({ "id": "g1", "prompt": "a", "model": "gone", "deadline": in_seconds(1) });
+    put(&fleet.ports, body.to_string()).await;
+    let outcome = outcome(&take(&fleet.ports, &Source::Responses).await);
+    assert_eq!((outcome.id.as_str(), outcome.error.unwrap().code.as_str()), ("g1", "deadline_exceeded"));
+    let row = fleet.ports.ledger.find(key_of("default", "g1")).await.unwrap().unwrap();
+    assert_eq!(row.state, stoker_shared::ports::JobState::Done);
+}
+
+#[tokio::test]
+async fn a_message_that_comes_again_after_its_deadline_gets_the_answer_that_it_had() {
+    let (fleet, worker) = Fleet::echoing().await;
+    let body =
+        json!({ "id": "twice", "prompt": "a", "deadline": in_seconds(2), "options": { "maxTokens": 2 } });
+    put(&fleet.ports, body.to_string()).await;
+    let first = take(&fleet.ports, &Source::Responses).await;
+    assert!(outcome(&first).success);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    put(&fleet.ports, body.to_string()).await;
+    let second = take(&fleet.ports, &Source::Responses).await;
+    assert_eq!(second.body, first.body);
+    assert!(fleet.ports.ledger.dead_letters(1).await.unwrap().is_empty());
+    assert_eq!(worker.started(), 1);
+}
+
+#[tokio::test]
+async fn one_models_full_queue_holds_up_nobody_else() {
+    let mut ports = ports().await;
+    let queue = FaultyQueue::new(ports.queue.clone());
+    ports.queue = queue.clone();
+    let mut config = config();
+    config.coordinator.models = vec!["doomed".into()];
+    let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
+    let fleet = Fleet::on(ports, config).await;
+    queue.refuse("doomed");
+    // More than the front door handles side by side.
+    for n in 0..600 {
+        put(&fleet.ports, json!({ "id": format!("d{n}"), "prompt": "a", "model": "doomed" }).to_string())
+            .await;
+    }
+    put(&fleet.ports, json!({ "id": "other", "prompt": "a", "model": MODEL }).to_string()).await;
+    assert_eq!(outcome(&take(&fleet.ports, &Source::Responses).await).id, "other");
+    assert_eq!(worker.started(), 1);
+    let row = fleet.ports.ledger.find(key_of("default", "d599")).await.unwrap().unwrap();
+    assert_eq!(row.state, stoker_shared::ports::JobState::Waiting);
+}
+
+#[tokio::test]
+async fn a_long_value_of_a_wrong_type_is_not_quoted_in_full() {
+    let (fleet, _worker) = Fleet::echoing().await;
+    put(&fleet.ports, json!({ "id": "long", "messages": "x".repeat(300_000) }).to_string()).await;
+    let letter = take(&fleet.ports, &Source::Errors).await;
+    let reason = &letter.headers["x-stoker-reason"];
+    assert!(reason.starts_with("messages: invalid type: string") && reason.len() < 1000, "{}", reason.len());
 }
 
 #[tokio::test]

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use stoker_shared::job::Lane;
-use stoker_shared::ports::{JobState, Source};
+use stoker_shared::ports::{Claim, JobState, ServedModel, Source, WorkerPresence};
 use tokio::sync::Notify;
 
 use crate::faults::{Confirms, FaultyQueue};
-use crate::fleet::{Fleet, MODEL, config, eventually, json, ports};
+use crate::fleet::{Fleet, MODEL, config, eventually, in_seconds, json, ports};
 use crate::worker::{Script, TestWorker, echo};
 
 async fn done(fleet: &Fleet, id: &str) -> Value {
@@ -179,13 +179,7 @@ async fn a_running_job_is_cancelled_by_its_worker_and_a_waiting_one_at_once() {
     eventually("the worker hears of it", || async { worker.cancelled.lock().unwrap().len() == 1 }).await;
 
     fleet.ports.queue.declare_work("nobody").await.unwrap();
-    let known = stoker_shared::ports::WorkerPresence {
-        id: "w-gone".into(),
-        draining: true,
-        models: vec![stoker_shared::ports::ServedModel { name: "nobody".into(), ..Default::default() }],
-        ..Default::default()
-    };
-    fleet.ports.bus.announce_worker(&known).await.unwrap();
+    fleet.ports.bus.announce_worker(&gone()).await.unwrap();
     let body = json!({ "prompt": "a", "model": "nobody" });
     let (status, reply) = json(fleet.post("/v1/jobs", body).await).await;
     assert_eq!(status, 202, "what is known waits: {reply}");
@@ -200,8 +194,18 @@ async fn a_running_job_is_cancelled_by_its_worker_and_a_waiting_one_at_once() {
     assert_eq!(delete("none".into()).await.unwrap().status(), 404);
 }
 
-fn claim(id: &str, worker: &str) -> stoker_shared::ports::Claim {
-    stoker_shared::ports::Claim {
+/// A worker that is about to leave, with the model `nobody`.
+fn gone() -> WorkerPresence {
+    WorkerPresence {
+        id: "w-gone".into(),
+        draining: true,
+        models: vec![ServedModel { name: "nobody".into(), ..ServedModel::default() }],
+        ..WorkerPresence::default()
+    }
+}
+
+fn claim(id: &str, worker: &str) -> Claim {
+    Claim {
         key: id.parse().unwrap(),
         tenant: "default".into(),
         job_id: id.into(),
@@ -210,6 +214,7 @@ fn claim(id: &str, worker: &str) -> stoker_shared::ports::Claim {
         epoch: 2,
         worker: worker.into(),
         interruptions: 0,
+        delivered: true,
         expires_in_s: 60,
     }
 }
@@ -228,6 +233,46 @@ async fn what_the_broker_never_got_is_published_again() {
     queue.set(Confirms::Prompt);
     assert_eq!(done(&fleet, reply["id"].as_str().unwrap()).await["success"], true);
     assert_eq!(worker.started(), 1);
+}
+
+#[tokio::test]
+async fn what_a_coordinator_claimed_and_died_of_is_published_too() {
+    let mut ports = ports().await;
+    let queue = FaultyQueue::new(ports.queue.clone());
+    ports.queue = queue.clone();
+    let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
+    let fleet = Fleet::on(ports, config()).await;
+    queue.set(Confirms::Down);
+    let (_, reply) = json(fleet.post("/v1/jobs", json!({ "prompt": "a" })).await).await;
+    let claim = Claim { delivered: false, ..claim(reply["id"].as_str().unwrap(), "c-dead") };
+    fleet.ports.ledger.claim(&claim).await.unwrap();
+    queue.set(Confirms::Prompt);
+    eventually("a worker gets it", || async { worker.started() == 1 }).await;
+}
+
+#[tokio::test]
+async fn a_job_that_nobody_comes_for_ends_at_its_deadline() {
+    let (fleet, _worker) = Fleet::echoing().await;
+    // A queue is all that is left of a model that workers served once.
+    fleet.ports.queue.declare_work("gone").await.unwrap();
+    let deadline = in_seconds(1);
+    let body = json!({ "id": "late", "prompt": "a", "model": "gone", "deadline": deadline });
+    let (status, reply) = json(fleet.post("/v1/jobs", body.clone()).await).await;
+    assert_eq!((status, &reply["status"]), (202, &json!("waiting")), "{reply}");
+    let shown = done(&fleet, "late").await;
+    assert_eq!((&shown["success"], &shown["finishReason"]), (&json!(false), &json!("deadline")));
+    let (status, reply) = json(fleet.post("/v1/jobs", body).await).await;
+    assert_eq!((status, &reply["status"]), (202, &json!("done")), "it was accepted once: {reply}");
+    let other = json!({ "id": "late", "prompt": "b", "model": "gone", "deadline": deadline });
+    assert_eq!(fleet.post("/v1/jobs", other).await.status(), 504);
+}
+
+#[tokio::test]
+async fn a_job_for_any_model_is_not_given_to_one_that_is_gone() {
+    let fleet = Fleet::on(ports().await, config()).await;
+    fleet.ports.bus.announce_worker(&gone()).await.unwrap();
+    let (status, reply) = json(fleet.post("/v1/jobs", json!({ "prompt": "a" })).await).await;
+    assert_eq!((status, &reply["error"]["code"]), (503, &json!("model_unavailable")), "{reply}");
 }
 
 #[tokio::test]

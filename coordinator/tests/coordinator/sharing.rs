@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
-use crate::fleet::{Fleet, MODEL, events, eventually, json};
+use crate::fleet::{Fleet, MODEL, events, eventually, in_seconds, json};
 use crate::worker::{Script, echo};
 
 fn greedy(content: &str, user: &str) -> Value {
@@ -95,6 +95,25 @@ async fn equal_requests_in_flight_run_once() {
     for user in ["ann", "ben", "cid"] {
         eventually("each has a row", || async { rows(&fleet, user).await == (1, 3) }).await;
     }
+}
+
+#[tokio::test]
+async fn nobody_waits_beyond_its_deadline_for_a_job_that_it_joined() {
+    let gate = Arc::new(Notify::new());
+    let held = gate.clone();
+    let (fleet, worker) = Fleet::scripted(move |job| Script { gate: Some(held.clone()), ..echo(job) }).await;
+    let body = json!({ "prompt": "x y", "options": { "temperature": 0 } });
+    let first = fleet.post("/api/generate", body.clone());
+    let second = async {
+        eventually("the first runs", || async { worker.started() == 1 }).await;
+        let mut hurried = body.clone();
+        hurried["deadline"] = in_seconds(1).into();
+        let response = fleet.post("/api/generate", hurried).await;
+        gate.notify_waiters();
+        response.status()
+    };
+    let (first, second) = tokio::join!(first, second);
+    assert_eq!((first.status().as_u16(), second.as_u16()), (200, 504));
 }
 
 #[tokio::test]

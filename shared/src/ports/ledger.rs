@@ -35,6 +35,8 @@ pub struct JobRow {
     pub body_hash: String,
     /// The work message's body; cleared at the end.
     pub body: Option<Bytes>,
+    /// The work message's headers, likewise; absent where no coordinator wrote the row.
+    pub headers: Value,
     /// Where it stands.
     pub state: JobState,
     /// Newest claimed epoch; 0 while waiting.
@@ -77,14 +79,14 @@ pub enum Accepted {
     Taken,
 }
 
-/// A job that waits in the ledger and was never confirmed by the queue.
+/// An accepted job that is not done, as it was written down.
 #[derive(Clone, Debug)]
-pub struct Unpublished {
+pub struct StoredJob {
     /// Job key.
     pub key: Uuid,
-    /// Body to publish.
+    /// The work message's body.
     pub body: Bytes,
-    /// Headers to publish.
+    /// The work message's headers.
     pub headers: Value,
 }
 
@@ -107,6 +109,8 @@ pub struct Claim {
     pub worker: String,
     /// The new count of interruptions.
     pub interruptions: u32,
+    /// The queue has brought the job to the claimant: it need not be published again, whether or not a confirm was noted.
+    pub delivered: bool,
     /// For a new row: expires so many seconds from now.
     pub expires_in_s: u64,
 }
@@ -299,9 +303,19 @@ pub trait Ledger: Send + Sync + 'static {
     /// The queue has confirmed an accepted job.
     async fn published(&self, key: Uuid) -> PortResult<()>;
 
-    /// Jobs accepted more than `older_than_ms` ago that the queue never confirmed. The embedded ledger also gives,
-    /// once after a start, every job that is not done: its queue is empty then.
-    async fn unpublished(&self, older_than_ms: u64, limit: u32) -> PortResult<Vec<Unpublished>>;
+    /// Jobs that are not done, were accepted more than `older_than_ms` ago and never confirmed by the queue: the next ones
+    /// behind the key `after`, by key. The embedded ledger also gives, once after a start, every job that is not done: its
+    /// queue is empty then.
+    async fn unpublished(
+        &self,
+        older_than_ms: u64,
+        after: Option<Uuid>,
+        limit: u32,
+    ) -> PortResult<Vec<StoredJob>>;
+
+    /// Accepted jobs that are not done and whose rows expire in `within_s` seconds, the first to expire first. Where rows
+    /// are kept for so long after their deadlines, these have passed.
+    async fn expiring(&self, within_s: u64, limit: u32) -> PortResult<Vec<StoredJob>>;
 
     /// A job's row.
     async fn find(&self, key: Uuid) -> PortResult<Option<JobRow>>;

@@ -19,7 +19,7 @@ use uuid::Uuid;
 use crate::config::Services;
 use crate::ports::{
     Accepted, CacheRow, Claim, Claimed, Committed, DeadLetter, Ending, JobRow, Ledger, NewJob, PortResult,
-    Retention, Unpublished, UsageSummary,
+    Retention, StoredJob, UsageSummary,
 };
 use connection::{BATCH_LIMIT, Connections, configuration, unavailable};
 use values::{count, epoch, ms, seconds, text};
@@ -110,26 +110,45 @@ impl Ledger for PostgresLedger {
         Ok(())
     }
 
-    async fn unpublished(&self, older_than_ms: u64, limit: u32) -> PortResult<Vec<Unpublished>> {
+    async fn unpublished(
+        &self,
+        older_than_ms: u64,
+        after: Option<Uuid>,
+        limit: u32,
+    ) -> PortResult<Vec<StoredJob>> {
         let rows = self
             .connections
             .query_within(
                 BATCH_LIMIT,
                 "SELECT job_key, body, headers FROM llm_jobs
-                 WHERE state = 'waiting' AND published_at IS NULL AND body IS NOT NULL
+                 WHERE state <> 'done' AND published_at IS NULL AND body IS NOT NULL AND job_key > $2
                    AND accepted_at <= now() - make_interval(secs => $1)
-                 ORDER BY accepted_at LIMIT $2",
-                &[&ms(older_than_ms), &i64::from(limit)],
+                 ORDER BY job_key LIMIT $3",
+                &[&ms(older_than_ms), &after.unwrap_or_default(), &i64::from(limit)],
             )
             .await?;
-        rows.iter().map(rows::unpublished).collect()
+        rows.iter().map(rows::stored).collect()
+    }
+
+    async fn expiring(&self, within_s: u64, limit: u32) -> PortResult<Vec<StoredJob>> {
+        let rows = self
+            .connections
+            .query_within(
+                BATCH_LIMIT,
+                "SELECT job_key, body, headers FROM llm_jobs
+                 WHERE state <> 'done' AND body IS NOT NULL AND expires_at <= now() + make_interval(secs => $1)
+                 ORDER BY expires_at LIMIT $2",
+                &[&seconds(within_s), &i64::from(limit)],
+            )
+            .await?;
+        rows.iter().map(rows::stored).collect()
     }
 
     async fn find(&self, key: Uuid) -> PortResult<Option<JobRow>> {
         let rows = self
             .connections
             .query(
-                "SELECT job_key, tenant, job_id, body_hash, body, state, epoch, owner, attempts, outcome
+                "SELECT job_key, tenant, job_id, body_hash, body, state, epoch, owner, attempts, outcome, headers
                  FROM llm_jobs WHERE job_key = $1",
                 &[&key],
             )
@@ -162,7 +181,8 @@ impl Ledger for PostgresLedger {
             Some(expected) => {
                 self.connections
                     .query(
-                        "UPDATE llm_jobs SET state = 'running', epoch = $3, owner = $4, attempts = $5
+                        "UPDATE llm_jobs SET state = 'running', epoch = $3, owner = $4, attempts = $5,
+                            published_at = CASE WHEN $6 THEN coalesce(published_at, now()) ELSE published_at END
                          WHERE job_key = $1 AND epoch = $2 AND epoch < $3 AND state <> 'done' RETURNING 1",
                         &[
                             &claim.key,
@@ -170,6 +190,7 @@ impl Ledger for PostgresLedger {
                             &epoch(claim.epoch),
                             &text(&claim.worker),
                             &count(claim.interruptions),
+                            &claim.delivered,
                         ],
                     )
                     .await?

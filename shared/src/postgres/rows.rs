@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::connection::refused;
 use super::values::{count, text};
-use crate::ports::{CacheRow, DeadLetter, JobRow, JobState, PortResult, Unpublished, UsageSummary};
+use crate::ports::{CacheRow, DeadLetter, JobRow, JobState, PortResult, StoredJob, UsageSummary};
 
 /// A statement's parameters.
 pub type Params<'a> = Vec<&'a (dyn ToSql + Sync)>;
@@ -23,7 +23,7 @@ fn bytes(row: &Row, column: usize) -> PortResult<Option<Bytes>> {
     Ok(get::<Option<Vec<u8>>>(row, column)?.map(Bytes::from))
 }
 
-/// `job_key, tenant, job_id, body_hash, body, state, epoch, owner, attempts, outcome`.
+/// `job_key, tenant, job_id, body_hash, body, state, epoch, owner, attempts, outcome, headers`.
 pub fn job(row: &Row) -> PortResult<JobRow> {
     Ok(JobRow {
         key: get(row, 0)?,
@@ -36,6 +36,7 @@ pub fn job(row: &Row) -> PortResult<JobRow> {
         owner: get(row, 7)?,
         interruptions: get::<i32>(row, 8)?.unsigned_abs(),
         outcome: bytes(row, 9)?,
+        headers: get::<Option<Value>>(row, 10)?.unwrap_or_default(),
     })
 }
 
@@ -49,8 +50,8 @@ pub fn state(word: &str) -> JobState {
 }
 
 /// `job_key, body, headers`.
-pub fn unpublished(row: &Row) -> PortResult<Unpublished> {
-    Ok(Unpublished {
+pub fn stored(row: &Row) -> PortResult<StoredJob> {
+    Ok(StoredJob {
         key: get(row, 0)?,
         body: bytes(row, 1)?.unwrap_or_default(),
         headers: get::<Option<Value>>(row, 2)?.unwrap_or_default(),

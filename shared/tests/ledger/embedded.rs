@@ -46,16 +46,16 @@ async fn everything_survives_a_restart() {
         let mut ending = new_ending(done.key, 2);
         ending.cache = Some(new_answer("k", "Hello"));
         ledger.commit(vec![ending]).await.unwrap();
-        assert!(ledger.unpublished(0, 10).await.unwrap().is_empty());
+        assert!(ledger.unpublished(0, None, 10).await.unwrap().is_empty());
     }
     let ledger = directory.open();
     // The queue that held them is gone, so both are given again, however young they are.
-    let again = ledger.unpublished(3_600_000, 10).await.unwrap();
+    let again = ledger.unpublished(3_600_000, None, 10).await.unwrap();
     assert_eq!(again.iter().map(|u| u.key).collect::<Vec<_>>(), [confirmed.key, running.key]);
     assert_eq!((&again[1].body, &again[1].headers), (&running.body, &running.headers));
     ledger.published(confirmed.key).await.unwrap();
     ledger.published(running.key).await.unwrap();
-    assert!(ledger.unpublished(0, 10).await.unwrap().is_empty());
+    assert!(ledger.unpublished(0, None, 10).await.unwrap().is_empty());
 
     let row = ledger.find(running.key).await.unwrap().unwrap();
     assert_eq!((row.state, row.epoch, row.owner), (JobState::Running, 2, None));

@@ -90,7 +90,7 @@ pub async fn hostile_values_are_accepted_and_claimed(ledger: Shared) {
     assert_eq!(ledger.accept(&job).await.unwrap(), Accepted::New);
     assert!(matches!(ledger.accept(&job).await.unwrap(), Accepted::Same(_)));
     assert_eq!(ledger.find(job.key).await.unwrap().unwrap().body, Some(job.body.clone()));
-    assert_eq!(ledger.unpublished(0, 1).await.unwrap()[0].body, job.body);
+    assert_eq!(ledger.unpublished(0, None, 1).await.unwrap()[0].body, job.body);
     let mut claim = new_claim(Uuid::now_v7(), None, 2, "w\0");
     claim.job_id = "\0".into();
     claim.tenant = "t\0".into();

@@ -22,6 +22,7 @@ macro_rules! suite_tests {
             an_id_belongs_to_its_first_body,
             of_many_acceptances_one_is_new,
             unconfirmed_jobs_are_given_until_they_are_published,
+            jobs_whose_rows_expire_soon_are_given_until_they_are_done,
             of_racing_claims_exactly_one_wins,
             a_claim_must_know_the_row,
             a_released_job_has_no_owner,

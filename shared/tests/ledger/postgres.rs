@@ -34,7 +34,7 @@ async fn processes_that_start_together_migrate_once() {
         task.await.unwrap().unwrap();
     }
     let client = database.client().await;
-    assert_eq!(number(&client, "SELECT count(*) FROM stoker_schema_history").await, 1);
+    assert_eq!(number(&client, "SELECT count(*) FROM stoker_schema_history").await, 2);
 
     // A newer version went further; this one still starts.
     client
@@ -209,6 +209,40 @@ async fn a_database_that_is_down_or_hangs_is_unavailable_and_comes_back() {
         ledger.ready().await.unwrap();
         assert_eq!(ledger.commit(vec![new_ending(Uuid::now_v7(), 1)]).await.unwrap(), [Committed::Done]);
     }
+}
+
+#[tokio::test]
+async fn a_session_that_may_not_write_is_left() {
+    let database = Database::create().await;
+    let ledger = database.ledger().await;
+    ledger.migrate().await.unwrap();
+    let client = database.client().await;
+    // The session that takes the next job can't write from then on, as if its server had been demoted.
+    client
+        .batch_execute(
+            "CREATE FUNCTION demote() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN PERFORM set_config('default_transaction_read_only', 'on', false); RETURN NEW; END $$;
+             CREATE TRIGGER demote BEFORE INSERT ON llm_jobs FOR EACH ROW EXECUTE FUNCTION demote()",
+        )
+        .await
+        .unwrap();
+    ledger.accept(&new_job(Uuid::now_v7(), "h")).await.unwrap();
+    client.batch_execute("DROP TRIGGER demote ON llm_jobs").await.unwrap();
+    ledger.accept(&new_job(Uuid::now_v7(), "h")).await.unwrap();
+
+    // Where no session may write, none is made.
+    let sessions_may_write = async |may: bool| {
+        let value = if may { "off" } else { "on" };
+        let name = &database.name;
+        let sql = format!("ALTER DATABASE {name} SET default_transaction_read_only = {value}");
+        client.batch_execute(&sql).await.unwrap();
+    };
+    sessions_may_write(false).await;
+    let newcomer = database.ledger().await;
+    assert!(newcomer.ready().await.unwrap_err().is_transient());
+    assert!(newcomer.commit(vec![new_ending(Uuid::now_v7(), 1)]).await.unwrap_err().is_transient());
+    sessions_may_write(true).await;
+    assert_eq!(newcomer.commit(vec![new_ending(Uuid::now_v7(), 1)]).await.unwrap(), [Committed::Done]);
 }
 
 #[tokio::test]

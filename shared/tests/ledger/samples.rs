@@ -29,6 +29,7 @@ pub fn new_claim(key: Uuid, expected: Option<u64>, epoch: u64, worker: &str) -> 
         epoch,
         worker: worker.into(),
         interruptions: epoch.saturating_sub(2) as u32,
+        delivered: true,
         expires_in_s: DAY_S,
     }
 }

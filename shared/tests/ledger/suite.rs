@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use stoker_shared::ports::{
-    Accepted, CacheRow, Claimed, Committed, DeadLetter, Ending, JobState, Ledger, Retention,
+    Accepted, CacheRow, Claim, Claimed, Committed, DeadLetter, Ending, JobState, Ledger, NewJob, Retention,
+    StoredJob,
 };
 use uuid::Uuid;
 
@@ -86,19 +87,43 @@ pub async fn unconfirmed_jobs_are_given_until_they_are_published(ledger: Shared)
     for job in &jobs {
         ledger.accept(job).await.unwrap();
     }
-    assert!(ledger.unpublished(3_600_000, 100).await.unwrap().is_empty(), "they are younger than an hour");
-    let all = ledger.unpublished(0, 100).await.unwrap();
+    assert!(
+        ledger.unpublished(3_600_000, None, 100).await.unwrap().is_empty(),
+        "they are younger than an hour"
+    );
+    let all = ledger.unpublished(0, None, 100).await.unwrap();
     assert_eq!(all.iter().map(|u| u.key).collect::<Vec<_>>(), jobs.iter().map(|j| j.key).collect::<Vec<_>>());
     assert_eq!(all[0].body, jobs[0].body);
     assert_eq!(all[0].headers, jobs[0].headers);
-    assert_eq!(ledger.unpublished(0, 2).await.unwrap().len(), 2);
+    let keys = |page: Vec<StoredJob>| page.iter().map(|job| job.key).collect::<Vec<_>>();
+    let first = keys(ledger.unpublished(0, None, 2).await.unwrap());
+    assert_eq!(first, [jobs[0].key, jobs[1].key]);
+    assert_eq!(keys(ledger.unpublished(0, Some(first[1]), 2).await.unwrap()), [jobs[2].key, jobs[3].key]);
 
     ledger.published(jobs[0].key).await.unwrap();
     // A worker may have it before the confirm is noted: it is not to be published again.
     assert_eq!(ledger.claim(&new_claim(jobs[1].key, Some(0), 2, "w-1")).await.unwrap(), Claimed::Won);
     commit_one(&ledger, new_ending(jobs[2].key, 2)).await;
-    let left: Vec<_> = ledger.unpublished(0, 100).await.unwrap().iter().map(|u| u.key).collect();
-    assert_eq!(left, [jobs[3].key, jobs[4].key]);
+    assert_eq!(keys(ledger.unpublished(0, None, 100).await.unwrap()), [jobs[3].key, jobs[4].key]);
+    // A coordinator that means to end a job may die before it has.
+    let claim = Claim { delivered: false, ..new_claim(jobs[3].key, Some(0), 2, "c-1") };
+    assert_eq!(ledger.claim(&claim).await.unwrap(), Claimed::Won);
+    assert_eq!(keys(ledger.unpublished(0, None, 100).await.unwrap()), [jobs[3].key, jobs[4].key]);
+}
+
+pub async fn jobs_whose_rows_expire_soon_are_given_until_they_are_done(ledger: Shared) {
+    let expiring = |in_s: u64| NewJob { expires_in_s: in_s, ..new_job(Uuid::now_v7(), "hash") };
+    let (late, early, far) = (expiring(90), expiring(60), expiring(3600));
+    for job in [&late, &early, &far] {
+        ledger.accept(job).await.unwrap();
+        ledger.published(job.key).await.unwrap();
+    }
+    ledger.claim(&new_claim(late.key, Some(0), 2, "w-1")).await.unwrap();
+    let given = ledger.expiring(100, 10).await.unwrap();
+    assert_eq!(given.iter().map(|job| job.key).collect::<Vec<_>>(), [early.key, late.key]);
+    assert_eq!((&given[0].body, &given[0].headers), (&early.body, &early.headers));
+    commit_one(&ledger, new_ending(early.key, 2)).await;
+    assert_eq!(ledger.expiring(100, 1).await.unwrap()[0].key, late.key);
 }
 
 pub async fn of_racing_claims_exactly_one_wins(ledger: Shared) {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::ports::{
     Accepted, CacheRow, Claim, Claimed, Committed, DeadLetter, Ending, JobRow, Ledger, NewJob, PortResult,
-    Retention, Unpublished, UsageSummary,
+    Retention, StoredJob, UsageSummary,
 };
 use rows::{after, before, int, now_ms};
 use thread::{Database, port_error, unavailable};
@@ -125,16 +125,36 @@ impl Ledger for SqliteLedger {
         Ok(())
     }
 
-    async fn unpublished(&self, older_than_ms: u64, limit: u32) -> PortResult<Vec<Unpublished>> {
+    async fn unpublished(
+        &self,
+        older_than_ms: u64,
+        after: Option<Uuid>,
+        limit: u32,
+    ) -> PortResult<Vec<StoredJob>> {
+        let after_key = after.unwrap_or_default().to_string();
         self.db
             .run(move |db| {
                 db.prepare_cached(
                     "SELECT job_key, body, headers FROM llm_jobs
-                     WHERE state <> 'done' AND body IS NOT NULL
-                       AND (stranded = 1 OR (state = 'waiting' AND published = 0 AND accepted_at <= ?1))
-                     ORDER BY accepted_at LIMIT ?2",
+                     WHERE state <> 'done' AND body IS NOT NULL AND job_key > ?2
+                       AND (stranded = 1 OR (published = 0 AND accepted_at <= ?1))
+                     ORDER BY job_key LIMIT ?3",
                 )?
-                .query_map(params![before(older_than_ms), limit], rows::unpublished)?
+                .query_map(params![before(older_than_ms), after_key, limit], rows::stored)?
+                .collect()
+            })
+            .await
+    }
+
+    async fn expiring(&self, within_s: u64, limit: u32) -> PortResult<Vec<StoredJob>> {
+        self.db
+            .run(move |db| {
+                db.prepare_cached(
+                    "SELECT job_key, body, headers FROM llm_jobs
+                     WHERE state <> 'done' AND body IS NOT NULL AND expires_at <= ?1
+                     ORDER BY expires_at LIMIT ?2",
+                )?
+                .query_map(params![after(within_s), limit], rows::stored)?
                 .collect()
             })
             .await
@@ -152,7 +172,8 @@ impl Ledger for SqliteLedger {
                     None => rows::insert_running(db, &claim, Some(&claim.worker))?,
                     Some(expected) => {
                         db.prepare_cached(
-                            "UPDATE llm_jobs SET state = 'running', epoch = ?3, owner = ?4, attempts = ?5
+                            "UPDATE llm_jobs SET state = 'running', epoch = ?3, owner = ?4, attempts = ?5,
+                                published = published OR ?6
                              WHERE job_key = ?1 AND state <> 'done' AND epoch = ?2 AND epoch < ?3",
                         )?
                         .execute(params![
@@ -161,6 +182,7 @@ impl Ledger for SqliteLedger {
                             int(claim.epoch),
                             claim.worker,
                             claim.interruptions,
+                            claim.delivered,
                         ])? == 1
                     }
                 };

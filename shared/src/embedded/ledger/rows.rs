@@ -7,7 +7,7 @@ use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
-use crate::ports::{CacheRow, Claim, DeadLetter, JobRow, JobState, Unpublished, UsageSummary};
+use crate::ports::{CacheRow, Claim, DeadLetter, JobRow, JobState, StoredJob, UsageSummary};
 
 /// Unix milliseconds.
 pub fn now_ms() -> i64 {
@@ -32,7 +32,7 @@ pub fn int(n: u64) -> i64 {
 /// A job's row.
 pub fn find(db: &Connection, key: Uuid) -> rusqlite::Result<Option<JobRow>> {
     db.prepare_cached(
-        "SELECT job_key, tenant, job_id, body_hash, body, state, epoch, owner, attempts, outcome
+        "SELECT job_key, tenant, job_id, body_hash, body, state, epoch, owner, attempts, outcome, headers
          FROM llm_jobs WHERE job_key = ?1",
     )?
     .query_row([key.to_string()], |row| {
@@ -51,6 +51,7 @@ pub fn find(db: &Connection, key: Uuid) -> rusqlite::Result<Option<JobRow>> {
             owner: row.get(7)?,
             interruptions: row.get(8)?,
             outcome: bytes(row, 9)?,
+            headers: json(row, 10)?,
         })
     })
     .optional()
@@ -113,8 +114,8 @@ pub fn dead(row: &Row<'_>) -> rusqlite::Result<DeadLetter> {
 }
 
 /// `job_key, body, headers`.
-pub fn unpublished(row: &Row<'_>) -> rusqlite::Result<Unpublished> {
-    Ok(Unpublished { key: uuid(row, 0)?, body: bytes(row, 1)?.unwrap_or_default(), headers: json(row, 2)? })
+pub fn stored(row: &Row<'_>) -> rusqlite::Result<StoredJob> {
+    Ok(StoredJob { key: uuid(row, 0)?, body: bytes(row, 1)?.unwrap_or_default(), headers: json(row, 2)? })
 }
 
 /// `cache_key, prompt_hash, response, model, metadata, expires_at`.

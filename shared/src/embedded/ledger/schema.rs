@@ -3,7 +3,8 @@
 use rusqlite::Connection;
 
 /// Each entry brings the schema one version further; `user_version` counts those that were applied.
-const VERSIONS: [&str; 1] = ["
+const VERSIONS: [&str; 2] = [
+    "
     CREATE TABLE llm_jobs (
         job_key TEXT PRIMARY KEY,
         tenant TEXT NOT NULL,
@@ -76,7 +77,14 @@ const VERSIONS: [&str; 1] = ["
         worker TEXT NOT NULL,
         created_at INTEGER NOT NULL
     );
-"];
+",
+    "
+    -- Open jobs are looked for by key, page by page, and by expiry.
+    DROP INDEX llm_jobs_open;
+    CREATE INDEX llm_jobs_open ON llm_jobs (job_key) WHERE state <> 'done';
+    CREATE INDEX llm_jobs_overdue ON llm_jobs (expires_at) WHERE state <> 'done';
+",
+];
 
 /// Sets the connection up, brings the schema up to date, and marks the jobs that an earlier process left behind.
 pub fn prepare(db: &mut Connection) -> rusqlite::Result<()> {
