@@ -56,11 +56,12 @@ pub(crate) async fn run(shared: Arc<Shared>, number: u64, ticket: Arc<Ticket>, i
         Some(attempt) => attempt.delivered,
         None => return,
     };
-    let mut look = Look { shared: &shared, ticket: &ticket, floor };
+    let mut look = Look { shared: &shared, ticket: &ticket, floor, unsure: false };
     let mut optimistic = is_first;
     let mut backoff = Backoff::new();
     loop {
         if shared.draining.is_cancelled() || delivered.elapsed() > handover::LONGEST_ATTEMPT {
+            look.let_go().await;
             let attempt = shared.table().remove(number);
             return handover::give_back(attempt).await;
         }
@@ -130,6 +131,8 @@ struct Look<'a> {
     shared: &'a Shared,
     ticket: &'a Ticket,
     floor: u64,
+    /// A claim was not answered: it may have been won.
+    unsure: bool,
 }
 
 impl Look<'_> {
@@ -137,7 +140,7 @@ impl Look<'_> {
     async fn claim_unseen(&mut self) -> PortResult<Verdict> {
         // A job from the front door has no row; one that was accepted over HTTP waits in the ledger.
         let expected = if self.ticket.envelope.front_door { None } else { Some(0) };
-        match self.shared.ports.ledger.claim(&self.claim_of(expected, FIRST_CLAIMED, 0)).await? {
+        match self.claim(expected, FIRST_CLAIMED, 0).await? {
             Claimed::Won => Ok(Verdict::Start { epoch: FIRST_CLAIMED, interruptions: 0, suspect: None }),
             Claimed::Lost(row) => self.judge(*row).await,
             Claimed::Gone => self.judge_without_row().await,
@@ -167,6 +170,11 @@ impl Look<'_> {
         let header = self.shared.ports.bus.read_log(self.ticket.key()).await?.map(|log| log.header);
         let (owner, epoch) = match &header {
             Some(header) => (self.owner(Some(&header.worker)).await?, header.epoch),
+            // A bus that came back empty may have forgotten who runs it, until its worker has opened the log again. Other
+            // jobs run only with a row.
+            None if self.ticket.envelope.once && self.shared.ports.bus.may_have_forgotten().await? => {
+                (Owner::Somebody, 0)
+            }
             None => (Owner::Nobody, 0),
         };
         self.take(owner, None, epoch, 0).await
@@ -198,16 +206,16 @@ impl Look<'_> {
             Owner::Dead => deaths + 1,
         };
         // A suspect that waits for its turn is not claimed: should the other one kill this worker, it is innocent.
-        let suspect = match interruptions {
-            SUSPECT.. => match self.shared.suspects.clone().try_acquire_owned() {
-                Ok(permit) => Some(permit),
-                Err(_) => return Ok(Verdict::Hold),
-            },
-            _ => None,
+        let suspect = if (SUSPECT..POISON).contains(&interruptions) && self.would_run().await? {
+            let Ok(permit) = self.shared.suspects.clone().try_acquire_owned() else {
+                return Ok(Verdict::Hold);
+            };
+            Some(permit)
+        } else {
+            None
         };
         let epoch = (epoch.max(self.floor) + 1).max(FIRST_CLAIMED);
-        let claim = self.claim_of(expected, epoch, interruptions);
-        match self.shared.ports.ledger.claim(&claim).await? {
+        match self.claim(expected, epoch, interruptions).await? {
             Claimed::Won => {
                 if matches!(owner, Owner::Dead) {
                     info!(job = %self.ticket.id, epoch, interruptions, "taking over a dead worker's job");
@@ -216,6 +224,30 @@ impl Look<'_> {
                 Ok(Verdict::Start { epoch, interruptions, suspect })
             }
             Claimed::Lost(_) | Claimed::Gone => Ok(Verdict::Again),
+        }
+    }
+
+    /// Whether the engine would get it: a job that only has to be ended can kill nobody, and waits for nobody.
+    async fn would_run(&self) -> PortResult<bool> {
+        let is_over = self.ticket.fault.is_some() || self.ticket.has_expired();
+        Ok(!is_over && !self.shared.ports.bus.is_cancelled(self.ticket.key()).await?)
+    }
+
+    async fn claim(&mut self, expected: Option<u64>, epoch: u64, interruptions: u32) -> PortResult<Claimed> {
+        let claim = self.claim_of(expected, epoch, interruptions);
+        let answer = self.shared.ports.ledger.claim(&claim).await;
+        self.unsure |= answer.is_err();
+        answer
+    }
+
+    /// Releases what an unanswered claim may have won: its next owner would take this worker for dead, and count a death.
+    async fn let_go(&self) {
+        let ledger = &self.shared.ports.ledger;
+        if self.unsure
+            && let Ok(Some(row)) = ledger.find(self.ticket.key()).await
+            && row.owner.as_ref() == Some(&self.shared.id)
+        {
+            let _ = ledger.release(&self.claim_of(Some(row.epoch), row.epoch, row.interruptions)).await;
         }
     }
 
@@ -241,6 +273,7 @@ pub(crate) fn claim_of(
         epoch,
         worker: shared.id.clone(),
         interruptions,
+        delivered: true,
         expires_in_s: ticket.row_ttl_s(shared.config.coordinator.job_retention_s),
     }
 }

@@ -86,15 +86,15 @@ async fn bury(shared: &Shared, letter: DeadLetter, waiter: Waiter, answer: Optio
         }
         backoff.pause().await;
     }
-    feed(shared, &letter).await;
+    feed(shared, &letter, std::slice::from_ref(&waiter)).await;
     if let Some((outcome, id)) = answer {
         settle::answer(shared, &id, outcome, &waiter).await;
     }
     let _ = waiter.receipt.ack().await;
 }
 
-/// Publishes a letter to the feed of dead letters.
-pub(crate) async fn feed(shared: &Shared, letter: &DeadLetter) {
+/// Publishes a letter to the feed of dead letters. `waiters`: the message's deliveries.
+pub(crate) async fn feed(shared: &Shared, letter: &DeadLetter, waiters: &[Waiter]) {
     warn!(job = ?letter.job_id, code = %letter.code, reason = %letter.reason, "dead letter");
     counter!(metric::DEAD_LETTERS, "code" => letter.code.clone()).increment(1);
     let headers = [
@@ -113,7 +113,7 @@ pub(crate) async fn feed(shared: &Shared, letter: &DeadLetter) {
             .collect::<BTreeMap<_, _>>(),
         ..Message::default()
     };
-    settle::send(shared, &Destination::Errors, message).await;
+    settle::send(shared, &Destination::Errors, message, waiters).await;
 }
 
 /// The id in a body that is JSON but no job.

@@ -83,7 +83,7 @@ async fn ready(State(context): State<Context>) -> Response {
         missing.push("draining".to_owned());
     }
     if shared.served().is_empty() {
-        missing.push("the model is being loaded".into());
+        missing.push("no model is loaded yet".into());
     } else if !*shared.announced.borrow() {
         missing.push("not announced yet".into());
     }

@@ -90,7 +90,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Loads the models and starts to take jobs. Services that are down are waited for in the background.
+    /// A worker that serves the models: [`Worker::open`] and [`Worker::serve`] in one.
     ///
     /// # Errors
     /// If a model can't be loaded or the HTTP port can't be bound.
@@ -100,34 +100,60 @@ impl Worker {
         models: Vec<Model>,
         metrics: Option<PrometheusHandle>,
     ) -> Result<Self, Error> {
-        if models.is_empty() {
-            return Err(Error::NoModel);
-        }
+        // From here on, an early return drops the worker and thereby ends what was started.
+        let worker = Self::open(config, ports, metrics).await?;
+        worker.serve(models).await?;
+        Ok(worker)
+    }
+
+    /// A worker that serves nothing yet: its probes answer, and say so. Services that are down are waited for in the
+    /// background.
+    ///
+    /// # Errors
+    /// If the HTTP port can't be bound.
+    pub async fn open(
+        config: Config,
+        ports: Ports,
+        metrics: Option<PrometheusHandle>,
+    ) -> Result<Self, Error> {
         let (listener, addr) = http::bind(&config.http).await?;
         let (shared, inboxes) = Shared::new(config, ports);
-        // From here on, an early return drops the worker and thereby ends what was started.
-        let worker = Self { shared: shared.clone(), addr };
         shared.spawn(http::serve(listener, shared.clone(), metrics));
         shared.spawn(presence::run(shared.clone()));
         shared.spawn(opening::run(shared.clone(), inboxes.opening));
         shared.spawn(outbox::run(shared.clone()));
         shared.spawn(commit::run(shared.clone(), inboxes.commit));
+        Ok(Self { shared, addr })
+    }
 
+    /// Loads the models and starts to take jobs.
+    ///
+    /// # Errors
+    /// If a model can't be loaded, or has another's name. Then none is served.
+    pub async fn serve(&self, models: Vec<Model>) -> Result<(), Error> {
+        if models.is_empty() {
+            return Err(Error::NoModel);
+        }
+        let shared = &self.shared;
         let mut names = HashSet::new();
+        let mut all = Vec::with_capacity(models.len());
         for model in models {
-            let engine = load(&shared, model).await?;
+            let engine = load(shared, model).await?;
             let name = engine.info().name.clone();
             if !names.insert(name.clone()) {
                 return Err(Error::SameName(name));
             }
-            let served = Arc::new(Served::new(engine));
-            shared.serve(served.clone());
+            all.push(Arc::new(Served::new(engine)));
+        }
+        // Only now: a model that can't be loaded ends the process, which must not count as a death of another one's jobs.
+        shared.serve(all.clone());
+        for served in all {
             for lane in Lane::ALL {
                 shared.spawn(intake::run(shared.clone(), served.clone(), lane));
             }
         }
-        info!(worker = %shared.id, %addr, models = ?names, "worker started");
-        Ok(worker)
+        info!(worker = %shared.id, addr = %self.addr, models = ?names, "worker started");
+        Ok(())
     }
 
     /// Its id, new at every start.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::join_all;
 use stoker_shared::backoff::Backoff;
 use stoker_shared::ports::{Destination, Message, PublishError};
 use tracing::{debug, warn};
@@ -17,7 +18,8 @@ use crate::{dead, outcome};
 
 /// How long the log of an ended job is kept, for readers that are behind.
 const LOG_AFTER_END: Duration = Duration::from_secs(30);
-/// How often an outcome is sent before it is left to a redelivery, or to those who ask for it.
+/// How often an outcome is sent that the broker does not confirm: it may close a channel over every message of its kind.
+/// After that it is left to those who ask for it.
 const TRIES: u32 = 6;
 
 /// A final job, and who waits for it.
@@ -53,11 +55,15 @@ async fn settle(shared: &Arc<Shared>, answers: Vec<Answer>) {
     for answer in &silent {
         acknowledge(answer).await;
     }
-    futures::future::join_all(to_publish.iter().map(|answer| async {
+    let publishing = join_all(to_publish.iter().map(|answer| async {
         publish(shared, answer).await;
         acknowledge(answer).await;
-    }))
-    .await;
+    }));
+    // The queue may take its time.
+    tokio::join!(publishing, expire_logs(shared, &answers));
+}
+
+async fn expire_logs(shared: &Shared, answers: &[Answer]) {
     let keys: Vec<_> = answers.iter().map(|a| a.key).collect();
     if let Err(error) = shared.ports.bus.expire_logs(&keys, LOG_AFTER_END).await {
         debug!(%error, "logs of ended jobs are kept until their deadlines");
@@ -84,13 +90,14 @@ async fn publish(shared: &Arc<Shared>, answer: &Answer) {
         for to in destinations(shared, waiter) {
             // Several deliveries of one message ask for one answer.
             if !sent.contains(&(to.clone(), &waiter.correlation_id)) {
-                send(shared, &to, message(&answer.id, answer.outcome.clone(), waiter)).await;
+                let message = message(&answer.id, answer.outcome.clone(), waiter);
+                send(shared, &to, message, &answer.waiters).await;
                 sent.push((to, &waiter.correlation_id));
             }
         }
     }
     if let Some(ended) = &answer.dead {
-        dead::feed(shared, &outcome::dead_letter(shared, ended)).await;
+        dead::feed(shared, &outcome::dead_letter(shared, ended), &answer.waiters).await;
     }
 }
 
@@ -116,7 +123,7 @@ fn is_allowed(shared: &Shared, queue: &str) -> bool {
 /// Answers one delivery of a message that is no job here.
 pub(crate) async fn answer(shared: &Shared, id: &str, outcome: Bytes, waiter: &Waiter) {
     for to in destinations(shared, waiter) {
-        send(shared, &to, message(id, outcome.clone(), waiter)).await;
+        send(shared, &to, message(id, outcome.clone(), waiter), std::slice::from_ref(waiter)).await;
     }
 }
 
@@ -131,20 +138,24 @@ fn message(id: &str, outcome: Bytes, waiter: &Waiter) -> Message {
     }
 }
 
-/// Publishes as best it can: the outcome is in the ledger, and a delivery that could not be answered because the broker
-/// is away comes again.
-pub(crate) async fn send(shared: &Shared, to: &Destination, message: Message) {
+/// Publishes, however long it takes: a broker with an alarm delivers but takes nothing, and as long as deliveries stay
+/// unacknowledged, it delivers no more than there is room for. Once all of them are stale, the answer is left to those
+/// that come in their place: the outcome is in the ledger.
+pub(crate) async fn send(shared: &Shared, to: &Destination, message: Message, waiters: &[Waiter]) {
     let mut backoff = Backoff::new();
-    for _ in 0..TRIES {
+    let mut unconfirmed = 0;
+    loop {
         match shared.ports.queue.publish(to, message.clone()).await {
             Ok(()) => return,
             Err(PublishError::Port(error)) if error.is_transient() => {
                 debug!(%error, ?to, "not published yet")
             }
-            Err(PublishError::Unconfirmed) => debug!(?to, "not confirmed yet"),
+            Err(PublishError::Unconfirmed) if unconfirmed + 1 < TRIES => unconfirmed += 1,
             Err(error) => return warn!(%error, ?to, job = %message.id, "not published"),
+        }
+        if waiters.iter().all(|waiter| waiter.receipt.is_stale()) {
+            return debug!(?to, job = %message.id, "not published: the job comes again");
         }
         backoff.pause().await;
     }
-    warn!(?to, job = %message.id, "not published: the broker did not take it in time");
 }

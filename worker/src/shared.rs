@@ -101,8 +101,8 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn serve(&self, served: Arc<Served>) {
-        self.served.write().unwrap_or_else(PoisonError::into_inner).push(served);
+    pub fn serve(&self, served: Vec<Arc<Served>>) {
+        *self.served.write().unwrap_or_else(PoisonError::into_inner) = served;
     }
 
     pub fn served(&self) -> Vec<Arc<Served>> {

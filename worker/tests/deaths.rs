@@ -11,6 +11,8 @@ use stoker_shared::frame::Frame;
 use stoker_shared::job::Lane;
 use stoker_shared::outcome::{FinishReason, Outcome, Usage, code};
 use stoker_shared::ports::*;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 fn header(epoch: u64, worker: &str) -> LogHeader {
@@ -242,6 +244,65 @@ async fn suspects_run_one_at_a_time_and_those_that_wait_are_innocent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_suspect_that_only_has_to_be_ended_waits_for_nobody() {
+    let fleet = Fleet::new().await;
+    let [running, poison, cancelled, mut expired] =
+        ["s1", "s2", "s3", "s4"].map(|id| Order::front_door(id, "one two three", 1_000_000));
+    let a_second_ago = OffsetDateTime::now_utc() - Duration::from_secs(1);
+    expired.job.deadline = Some(a_second_ago.format(&Rfc3339).unwrap());
+    for (order, deaths) in [(&running, 1), (&poison, 2), (&cancelled, 1), (&expired, 1)] {
+        fleet.ledger.claim(&order.claim(None, 2, "w-dead", deaths)).await.unwrap();
+    }
+    let worker = fleet.worker(5).await;
+    let mut reader = fleet.ask(&running).await;
+    reader.tokens(running.key(), 3).await;
+
+    for (order, expected) in
+        [(&poison, code::POISON), (&cancelled, code::CANCELLED), (&expired, code::DEADLINE)]
+    {
+        fleet.publish(order).await;
+        if expected == code::CANCELLED {
+            fleet.bus.cancel(order.key(), PATIENCE).await.unwrap();
+        }
+        let (_, outcome) = fleet.outcome(order.key()).await;
+        assert_eq!((outcome.error.unwrap().code.as_str(), outcome.tokens), (expected, 0));
+    }
+    assert!(reader.now(running.key()).last.is_none());
+    fleet.bus.cancel(running.key(), PATIENCE).await.unwrap();
+    fleet.outcome(running.key()).await;
+    assert_eq!(fleet.bills().await, 4);
+    fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_text_that_other_weights_began_is_not_continued() {
+    for (revision, is_other) in [("echo-0", true), ("", false)] {
+        let fleet = Fleet::new().await;
+        let first = fleet.worker(5).await;
+        let order = Order::once("one two three", 60);
+        let mut reader = fleet.ask(&order).await;
+        reader.tokens(order.key(), 5).await;
+        first.abort().await;
+        let before = LogHeader { revision: revision.into(), ..header(2, "w-dead") };
+        let opening = Opening { header: before, ..opening(order.key(), 2, "w-dead") };
+        fleet.bus.open(&[opening]).await.unwrap();
+
+        let second = fleet.worker(0).await;
+        let (text, last) = reader.end(order.key()).await;
+        let (_, outcome) = fleet.outcome(order.key()).await;
+        assert_eq!((&outcome.text, outcome.success), (&text, !is_other));
+        if is_other {
+            assert!(order.text().starts_with(&text) && last.tokens == 0, "{last:?}");
+            assert_eq!(outcome.error.unwrap().code, code::MODEL_UNAVAILABLE);
+        } else {
+            assert_eq!(text, order.text());
+        }
+        assert_eq!(fleet.bills().await, 1);
+        fleet.all_acknowledged(vec![second]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_text_that_was_whole_is_only_committed() {
     let fleet = Fleet::new().await;
     let order = Order::once("one two", 2);
@@ -307,6 +368,23 @@ async fn what_is_not_done_when_a_worker_drains_is_handed_over() {
         assert_eq!(fleet.row(order.key()).await.unwrap().interruptions, 0);
     }
     assert_eq!(fleet.bills().await, 3);
+    fleet.all_acknowledged(vec![second]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_was_not_answered_is_released_at_a_drain() {
+    let fleet = Fleet::new().await;
+    fleet.ledger.deaf.store(true, SeqCst);
+    let first = fleet.worker(0).await;
+    let order = Order::front_door("f", "one two", 3);
+    fleet.publish(&order).await;
+    eventually("it is claimed", async || fleet.row(order.key()).await.is_some()).await;
+    first.drain().await;
+    let row = fleet.row(order.key()).await.unwrap();
+    assert_eq!((row.state, row.owner, row.interruptions), (JobState::Running, None, 0));
+    fleet.ledger.deaf.store(false, SeqCst);
+    let second = fleet.worker(0).await;
+    assert_eq!(fleet.outcome(order.key()).await.1.metadata["attempts"], 1);
     fleet.all_acknowledged(vec![second]).await;
 }
 

@@ -1,4 +1,4 @@
-//! What befalls the services: the bus forgets or is away, the ledger is away.
+//! What befalls the services: the bus forgets or is away, the ledger is away, the queue takes nothing.
 
 mod common;
 
@@ -140,5 +140,84 @@ async fn an_overtaken_attempt_stays_silent_although_the_bus_forgot_who_overtook_
     let stopped = async || fleet.bus.workers().await.unwrap().iter().all(|w| w.active == 0);
     eventually("the engine is told to stop", stopped).await;
     assert_eq!(fleet.bus.read_log(order.key()).await.unwrap(), None);
+    worker.abort().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_log_the_bus_may_have_forgotten_is_held_until_it_would_be_back() {
+    let fleet = Fleet::new().await;
+    fleet.bus.young.store(true, SeqCst);
+    let order = Order::once("one two three", 30);
+    fleet.publish_redelivered(&order).await;
+    // One that would have a row if somebody had started it.
+    let mut front_door = Order::front_door("f", "one two", 3);
+    front_door.lane = Lane::Batch;
+    fleet.publish_redelivered(&front_door).await;
+    let mut reader = Reader::new(fleet.bus.clone(), order.channel()).await;
+    let worker = fleet.worker(0).await;
+    assert_eq!(fleet.outcome(front_door.key()).await.1.text, front_door.text());
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(fleet.row(order.key()).await, None);
+    fleet.bus.young.store(false, SeqCst);
+    assert_eq!(reader.end(order.key()).await.0, order.text());
+    fleet.outcome(order.key()).await;
+    fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_wait_until_the_queue_takes_them() {
+    let fleet = Fleet::new().await;
+    let mut responses = fleet.consume(Source::Responses).await;
+    let mut errors = fleet.consume(Source::Errors).await;
+    let (worker, wire) = fleet.worker_on_a_wire(0).await;
+    wire.blocked.store(true, SeqCst);
+    let order = Order::front_door("f", "one two", 3);
+    fleet.publish(&order).await;
+    let to = Destination::Work { model: MODEL.into(), lane: Lane::Interactive };
+    let junk = Message { body: b"junk".as_slice().into(), ..Message::default() };
+    fleet.queue.publish(&to, junk).await.unwrap();
+    let (bytes, _) = fleet.outcome(order.key()).await;
+    // An outage, not a hiccup.
+    eventually("both are tried again and again", async || wire.refused.load(SeqCst) >= 16).await;
+    assert_eq!(wire.acknowledged.load(SeqCst), 0);
+    wire.blocked.store(false, SeqCst);
+    assert_eq!(next(&mut responses).await.body, bytes);
+    assert_eq!(next(&mut errors).await.body, b"junk".as_slice());
+    wire.acknowledged(2).await;
+    fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_the_queue_never_took_are_left_to_the_next_worker() {
+    let fleet = Fleet::new().await;
+    let mut responses = fleet.consume(Source::Responses).await;
+    let (worker, wire) = fleet.worker_on_a_wire(0).await;
+    wire.blocked.store(true, SeqCst);
+    let order = Order::front_door("f", "one two", 3);
+    fleet.publish(&order).await;
+    let (bytes, _) = fleet.outcome(order.key()).await;
+    tokio::time::timeout(PATIENCE, worker.drain()).await.expect("a drain ends in time");
+    assert_eq!(wire.acknowledged.load(SeqCst), 0);
+    let (second, wire) = fleet.worker_on_a_wire(0).await;
+    wire.acknowledged(1).await;
+    assert_eq!(next(&mut responses).await.body, bytes);
+    fleet.all_acknowledged(vec![second]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_given_up_once_its_delivery_is_with_another() {
+    let fleet = Fleet::new().await;
+    let (worker, wire) = fleet.worker_on_a_wire(0).await;
+    wire.blocked.store(true, SeqCst);
+    let order = Order::front_door("f", "one two", 3);
+    fleet.publish(&order).await;
+    fleet.outcome(order.key()).await;
+    wire.cut(false);
+    let from = Source::Work { model: MODEL.into(), lane: Lane::Interactive };
+    eventually("it is back", async || fleet.queue.depth(&from).await.unwrap() == Some(1)).await;
+    // One may be under way; the longest pause between two is two seconds.
+    let tries = wire.refused.load(SeqCst);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(wire.refused.load(SeqCst) <= tries + 1);
     worker.abort().await;
 }

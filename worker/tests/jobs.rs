@@ -7,9 +7,11 @@ use std::time::Duration;
 use common::reader::Reader;
 use common::*;
 use serde_json::json;
+use stoker_engine::{EchoOptions, LoadOptions};
 use stoker_shared::job::{Lane, Stop};
 use stoker_shared::outcome::{FinishReason, Outcome, code};
 use stoker_shared::ports::{Bus, Destination, JobState, Ledger, Message, Queue, Source};
+use stoker_worker::{Error, Model, Worker};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -320,6 +322,49 @@ async fn jobs_of_a_coordinator_that_is_gone_are_cancelled() {
     assert_eq!(fleet.outcome(order.key()).await.1.finish_reason, FinishReason::Cancelled);
     assert_eq!(fleet.outcome(asynchronous.key()).await.1.finish_reason, FinishReason::Length);
     fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn no_job_is_taken_before_all_models_are_loaded() {
+    let fleet = Fleet::new().await;
+    let order = Order::once("one two three", 3);
+    fleet.publish(&order).await;
+    // Who reads a pipe waits until somebody writes to it: for so long the second model is being loaded.
+    let pipe = std::env::temp_dir().join(format!("stoker-pipe-{}", uuid::Uuid::new_v4()));
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let echo = EchoOptions { name: MODEL.into(), tokens: 8, delay: Duration::ZERO, slots: 8 };
+    let broken = LoadOptions {
+        path: pipe.clone(),
+        name: None,
+        backend: None,
+        slots: None,
+        threads: None,
+        context: None,
+        kv_positions: None,
+        speculation: None,
+        progress: None,
+    };
+    let models = vec![Model::Echo(echo), Model::Burn(broken)];
+    let starting = tokio::spawn(Worker::start(config(), fleet.ports(), models, None));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(fleet.bus.workers().await.unwrap(), []);
+
+    let _writer = std::fs::OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
+    let started = tokio::time::timeout(PATIENCE, starting).await.unwrap().unwrap();
+    std::fs::remove_file(&pipe).unwrap();
+    assert!(matches!(started, Err(Error::Load(_))));
+    let mut consumer = fleet.consume(Source::Work { model: MODEL.into(), lane: Lane::Interactive }).await;
+    let delivery = consumer.deliveries.recv().await.unwrap();
+    assert!(!delivery.redelivered, "somebody had it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn models_of_one_name_are_refused() {
+    let fleet = Fleet::new().await;
+    let echo = || Model::Echo(EchoOptions { name: MODEL.into(), tokens: 8, delay: Duration::ZERO, slots: 8 });
+    let started = Worker::start(config(), fleet.ports(), vec![echo(), echo()], None).await;
+    assert!(matches!(started, Err(Error::SameName(name)) if name == MODEL));
 }
 
 #[tokio::test(flavor = "multi_thread")]

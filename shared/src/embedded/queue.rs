@@ -304,4 +304,8 @@ impl Receipt for EmbeddedReceipt {
     async fn nack(&self, requeue: bool) -> PortResult<()> {
         self.shared.settle(self, if requeue { Settlement::Requeue } else { Settlement::Reject })
     }
+
+    fn is_stale(&self) -> bool {
+        self.shared.lock().consumer(&self.source, self.consumer).is_none()
+    }
 }

@@ -58,6 +58,8 @@ pub enum Opened {
     Started {
         /// Records so far.
         frames: Vec<Frame>,
+        /// Weights revision of the attempt that held it last; empty if there was none.
+        revision: String,
         /// The job has been cancelled.
         cancelled: bool,
     },
@@ -188,7 +190,9 @@ pub trait Bus: Send + Sync + 'static {
     async fn open(&self, openings: &[Opening]) -> PortResult<Vec<Opened>>;
 
     /// Records and publishes one step of many jobs atomically: one message per channel, refused jobs left out.
-    /// After an error it is open whether the step was taken; readers tolerate records that are repeated.
+    /// After an error it is open whether the step was taken; readers tolerate records that are repeated. That the
+    /// connection was lost is an error even once it is back: the service may have lost the newest records, so open the
+    /// logs again.
     async fn append(&self, step: &[Append]) -> PortResult<AppendReport>;
 
     /// Reads a log; `None` if there is none.
@@ -230,6 +234,12 @@ pub trait Bus: Send + Sync + 'static {
 
     /// Whether a worker's process is there: its control channel has a receiver and its presence is fresh.
     async fn worker_liveness(&self, id: &str) -> PortResult<Liveness>;
+
+    /// Whether the service came back empty a moment ago, so that what it does not know means nothing yet.
+    async fn may_have_forgotten(&self) -> PortResult<bool> {
+        // Nobody has this name. Then nobody is gone, or nobody can tell.
+        Ok(self.worker_liveness("").await? == Liveness::Unknown)
+    }
 
     /// Whether a coordinator's presence is fresh.
     async fn coordinator_liveness(&self, id: &str) -> PortResult<Liveness>;

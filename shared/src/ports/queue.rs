@@ -88,13 +88,15 @@ pub enum PublishError {
     Port(#[from] PortError),
 }
 
-/// Settles one delivery. Both calls fail with [`PortError::Stale`] once the delivery's connection is gone.
+/// Settles one delivery. Settling fails with [`PortError::Stale`] once the delivery's connection is gone.
 #[async_trait]
 pub trait Receipt: Send + Sync {
     /// The queue may forget it.
     async fn ack(&self) -> PortResult<()>;
     /// Back into the queue, or (`requeue` false) to the dead letters.
     async fn nack(&self, requeue: bool) -> PortResult<()>;
+    /// Whether the delivery's connection is gone: then it comes again, and settling this one changes nothing.
+    fn is_stale(&self) -> bool;
 }
 
 /// A message that was delivered, and must be settled.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use deadpool_postgres::{
     Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
 };
-use tokio_postgres::config::SslMode;
+use tokio_postgres::config::{SslMode, TargetSessionAttrs};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Config, NoTls, Row};
@@ -79,10 +79,13 @@ impl From<tokio_postgres::Error> for Failure {
         let stale = (*state == SqlState::FEATURE_NOT_SUPPORTED && message.contains("cached plan"))
             || *state == SqlState::INVALID_SQL_STATEMENT_NAME;
         let ended = matches!(class, "08" | "57") && *state != SqlState::QUERY_CANCELED;
+        // Its server was demoted, or lets nobody write for a while: the session stays so even when that is over.
+        let read_only = *state == SqlState::READ_ONLY_SQL_TRANSACTION;
         let collided =
             *state == SqlState::T_R_SERIALIZATION_FAILURE || *state == SqlState::T_R_DEADLOCK_DETECTED;
         let error = if about_us && !stale { refused(message) } else { unavailable(message) };
-        Self { error, broken: stale || ended, again: stale || ended || collided }
+        let broken = stale || ended || read_only;
+        Self { error, broken, again: broken || collided }
     }
 }
 
@@ -122,6 +125,10 @@ pub fn configuration(url: &str) -> PortResult<Config> {
     }
     if config.get_connect_timeout().is_none() {
         config.connect_timeout(CONNECT_LIMIT);
+    }
+    // Of several hosts the one that takes writes is meant, and a session that can't write is of no use to a ledger.
+    if config.get_target_session_attrs() == TargetSessionAttrs::Any {
+        config.target_session_attrs(TargetSessionAttrs::ReadWrite);
     }
     config.keepalives_idle(Duration::from_secs(30));
     config.tcp_user_timeout(BATCH_LIMIT);

@@ -185,7 +185,7 @@ impl RabbitReceipt {
     fn settled(&self, outcome: lapin::Result<bool>) -> PortResult<()> {
         match outcome {
             Ok(true) => Ok(()),
-            Ok(false) if !self.acker.poisoned() => Ok(()),
+            Ok(false) if !self.is_stale() => Ok(()),
             Ok(false) | Err(_) => Err(PortError::Stale),
         }
     }
@@ -200,5 +200,9 @@ impl Receipt for RabbitReceipt {
     async fn nack(&self, requeue: bool) -> PortResult<()> {
         let options = BasicNackOptions { requeue, ..Default::default() };
         self.settled(self.acker.nack(options).await)
+    }
+
+    fn is_stale(&self) -> bool {
+        self.acker.poisoned()
     }
 }

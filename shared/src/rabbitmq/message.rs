@@ -21,11 +21,16 @@ const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 /// Headers by which a publisher names further queues; the broker closes the channel if they are not lists.
 const CARBON_COPIES: [&str; 2] = ["CC", "BCC"];
 
+/// Longest value of a header, bytes; what is longer is cut. All properties of a message must fit into one frame (128
+/// KiB): with longer ones the broker closes the connection, to the loss of all who share it. Ours are short and few, but
+/// a reason may quote what a stranger sent.
+const LONGEST_VALUE: usize = 4 << 10;
+
 /// Delivery modes of AMQP.
 const TRANSIENT: u8 = 1;
 const PERSISTENT: u8 = 2;
 
-/// Properties of a message on its way out.
+/// Properties of a message on its way out; its headers' values are cut to [`LONGEST_VALUE`].
 ///
 /// # Errors
 /// An id or a header's name is longer than 255 bytes, or the broker would close the channel over it, to the loss of all
@@ -53,7 +58,8 @@ pub fn to_properties(message: &Message, persistent: bool) -> PortResult<BasicPro
         for (name, value) in
             message.headers.iter().filter(|(name, _)| !CARBON_COPIES.contains(&name.as_str()))
         {
-            headers.insert(short(name.as_str())?, AMQPValue::LongString(value.as_str().into()));
+            let value = &value[..value.floor_char_boundary(LONGEST_VALUE)];
+            headers.insert(short(name.as_str())?, AMQPValue::LongString(value.into()));
         }
         properties = properties.with_headers(headers);
     }
@@ -114,5 +120,15 @@ mod tests {
         assert!(to_properties(&message, true).is_ok());
         let message = Message { reply_to: Some(DIRECT_REPLY_TO.into()), ..Default::default() };
         assert!(to_properties(&message, true).is_err());
+    }
+
+    #[test]
+    fn values_of_headers_are_cut_at_a_whole_character() {
+        let headers = BTreeMap::from([("x".to_owned(), "a".to_owned() + &"é".repeat(LONGEST_VALUE))]);
+        let properties = to_properties(&Message { headers, ..Default::default() }, true).unwrap();
+        let table = properties.headers().as_ref().unwrap();
+        let AMQPValue::LongString(value) = &table.inner()["x"] else { panic!("{table:?}") };
+        assert_eq!(value.as_bytes().len(), LONGEST_VALUE - 1);
+        assert!(std::str::from_utf8(value.as_bytes()).is_ok());
     }
 }

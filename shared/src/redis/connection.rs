@@ -6,6 +6,7 @@
 //! that swallows packets, would otherwise hold it for as long as TCP retransmits.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use redis::aio::{MultiplexedConnection, SendError};
@@ -106,6 +107,8 @@ pub(super) fn settings() -> AsyncConnectionConfig {
 /// The connection that commands share.
 pub(super) struct Link {
     state: watch::Receiver<State>,
+    /// Over which connection the last step went; 0: there was none.
+    last_step: AtomicU64,
 }
 
 #[derive(Clone)]
@@ -122,6 +125,8 @@ struct State {
 #[derive(Clone)]
 struct Connection {
     inner: MultiplexedConnection,
+    /// How many there were up to this one.
+    number: u64,
     /// Told when the connection is of no more use.
     lost: Arc<Notify>,
 }
@@ -132,7 +137,7 @@ impl Link {
         let state =
             State { connection: None, connects: 0, since: Instant::now(), error: "not connected yet".into() };
         let (sender, receiver) = watch::channel(state);
-        (Self { state: receiver }, keep_up(connector, sender))
+        (Self { state: receiver, last_step: AtomicU64::new(0) }, keep_up(connector, sender))
     }
 
     /// Runs a command.
@@ -145,6 +150,18 @@ impl Link {
     /// Runs a script.
     pub async fn call<T: FromRedisValue>(&self, call: &Call<'_>) -> PortResult<T> {
         let mut connection = self.connection().await?;
+        let result = call.run(&mut connection.inner).await;
+        connection.settle(result)
+    }
+
+    /// Runs a script that goes on with what the last one wrote. The first on each further connection fails instead: the
+    /// server at its end may have lost the newest of what was written, and the hole would go unnoticed.
+    pub async fn step<T: FromRedisValue>(&self, call: &Call<'_>) -> PortResult<T> {
+        let mut connection = self.connection().await?;
+        let last = self.last_step.swap(connection.number, Ordering::Relaxed);
+        if last != 0 && last != connection.number {
+            return Err(error::unavailable("the connection was lost, and maybe what was written last"));
+        }
         let result = call.run(&mut connection.inner).await;
         connection.settle(result)
     }
@@ -213,8 +230,8 @@ async fn keep_up(connector: Connector, state: watch::Sender<State>) {
         let failed = |error: &RedisError| state.send_modify(|s| s.error = error.to_string());
         let inner = connector.connect("commands", pushed, failed).await;
         state.send_modify(|s| {
-            s.connection = Some(Connection { inner, lost: lost.clone() });
             s.connects += 1;
+            s.connection = Some(Connection { inner, number: s.connects, lost: lost.clone() });
             s.since = Instant::now();
         });
         lost.notified().await;

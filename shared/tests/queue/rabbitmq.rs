@@ -81,10 +81,11 @@ async fn a_consumer_outlives_its_connection() {
         again.sort_by_key(|delivery| text(delivery).to_owned());
         assert_eq!(again.each_ref().map(text), ["b", "c"]);
         for stale in [b, c] {
+            assert!(stale.receipt.is_stale());
             assert!(matches!(stale.receipt.ack().await, Err(PortError::Stale)));
         }
         for delivery in again {
-            assert!(delivery.redelivered);
+            assert!(delivery.redelivered && !delivery.receipt.is_stale());
             delivery.receipt.ack().await.unwrap();
         }
         publishes_again(&test, &to, "d").await;
@@ -390,6 +391,27 @@ async fn other_types_of_headers_are_printed() {
             let headers = next(&mut front_door).await.message.headers;
             let printed: Vec<_> = headers.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
             assert_eq!(printed, [("half", "0.5"), ("number", "-7"), ("truth", "true")]);
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_header_that_is_too_long_is_cut_and_harms_nobody() {
+    Fixture::rabbitmq()
+        .await
+        .run(async |test| {
+            let (to, from) = test.model().await;
+            let mut long = message("a");
+            long.headers.insert("x-reason".into(), "é".repeat(150_000));
+            test.queue.publish(&to, long).await.unwrap();
+            test.publish(&to, "b").await;
+            let mut consumer = test.queue.consume(&from, 2).await.unwrap();
+            let (a, b) = (next(&mut consumer).await, next(&mut consumer).await);
+            assert_eq!(a.message.headers["x-reason"], "é".repeat(2048));
+            assert_eq!((text(&a), text(&b)), ("a", "b"));
+            for delivery in [a, b] {
+                delivery.receipt.ack().await.unwrap();
+            }
         })
         .await;
 }

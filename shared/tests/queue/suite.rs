@@ -195,9 +195,11 @@ pub async fn a_receipt_goes_stale_with_its_consumer(test: Test) {
     test.publish(&to, "a").await;
     let mut first = test.queue.consume(&from, 1).await.unwrap();
     let old = next(&mut first).await;
+    assert!(!old.receipt.is_stale());
     drop(first);
     let mut second = test.queue.consume(&from, 1).await.unwrap();
     let new = next(&mut second).await;
+    assert!(old.receipt.is_stale() && !new.receipt.is_stale());
     assert!(matches!(old.receipt.ack().await, Err(PortError::Stale)));
     assert!(matches!(old.receipt.nack(true).await, Err(PortError::Stale)));
     new.receipt.ack().await.unwrap();

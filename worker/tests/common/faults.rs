@@ -21,11 +21,13 @@ fn down<T>(service: &'static str) -> PortResult<T> {
 pub struct FaultyLedger {
     pub inner: SqliteLedger,
     pub down: AtomicBool,
+    /// Claims are made, but their answers are lost.
+    pub deaf: AtomicBool,
 }
 
 impl FaultyLedger {
     pub fn new(inner: SqliteLedger) -> Self {
-        Self { inner, down: AtomicBool::new(false) }
+        Self { inner, down: AtomicBool::new(false), deaf: AtomicBool::new(false) }
     }
 
     fn check(&self) -> PortResult<()> {
@@ -46,9 +48,18 @@ impl Ledger for FaultyLedger {
         self.check()?;
         self.inner.published(key).await
     }
-    async fn unpublished(&self, older_than_ms: u64, limit: u32) -> PortResult<Vec<Unpublished>> {
+    async fn unpublished(
+        &self,
+        older_than_ms: u64,
+        after: Option<Uuid>,
+        limit: u32,
+    ) -> PortResult<Vec<StoredJob>> {
         self.check()?;
-        self.inner.unpublished(older_than_ms, limit).await
+        self.inner.unpublished(older_than_ms, after, limit).await
+    }
+    async fn expiring(&self, within_s: u64, limit: u32) -> PortResult<Vec<StoredJob>> {
+        self.check()?;
+        self.inner.expiring(within_s, limit).await
     }
     async fn find(&self, key: Uuid) -> PortResult<Option<JobRow>> {
         self.check()?;
@@ -56,7 +67,8 @@ impl Ledger for FaultyLedger {
     }
     async fn claim(&self, claim: &Claim) -> PortResult<Claimed> {
         self.check()?;
-        self.inner.claim(claim).await
+        let answer = self.inner.claim(claim).await;
+        if self.deaf.load(SeqCst) { down("Postgres") } else { answer }
     }
     async fn release(&self, claim: &Claim) -> PortResult<()> {
         self.check()?;
@@ -96,6 +108,8 @@ pub struct FaultyBus {
     pub deaf: AtomicBool,
     /// Workers that are said to be gone although they live, as one that was frozen for a while.
     pub slandered: Mutex<HashSet<String>>,
+    /// It came back empty a moment ago.
+    pub young: AtomicBool,
 }
 
 impl FaultyBus {
@@ -105,6 +119,7 @@ impl FaultyBus {
             down: AtomicBool::new(false),
             deaf: AtomicBool::new(false),
             slandered: Mutex::default(),
+            young: AtomicBool::new(false),
         }
     }
 }
@@ -164,10 +179,12 @@ impl Bus for FaultyBus {
         self.inner.known_models().await
     }
     async fn worker_liveness(&self, id: &str) -> PortResult<Liveness> {
-        let is_slandered = self.slandered.lock().unwrap().contains(id);
-        match is_slandered {
-            true => Ok(Liveness::Gone),
-            false => self.inner.worker_liveness(id).await,
+        if self.slandered.lock().unwrap().contains(id) {
+            return Ok(Liveness::Gone);
+        }
+        match self.inner.worker_liveness(id).await? {
+            Liveness::Gone if self.young.load(SeqCst) => Ok(Liveness::Unknown),
+            liveness => Ok(liveness),
         }
     }
     async fn coordinator_liveness(&self, id: &str) -> PortResult<Liveness> {
@@ -187,6 +204,10 @@ pub struct CutQueue {
     pub too_early: Arc<AtomicU32>,
     /// Acknowledgements in all.
     pub acknowledged: Arc<AtomicU32>,
+    /// The broker has an alarm: it takes nothing, and goes on delivering.
+    pub blocked: AtomicBool,
+    /// What it did not take.
+    pub refused: AtomicU32,
     /// How often it was cut; and whether it comes back.
     cuts: watch::Sender<(u32, bool)>,
 }
@@ -194,7 +215,15 @@ pub struct CutQueue {
 impl CutQueue {
     pub fn new(inner: Arc<EmbeddedQueue>, ledger: Arc<FaultyLedger>) -> Self {
         let cuts = watch::Sender::new((0, true));
-        Self { inner, ledger, too_early: Arc::default(), acknowledged: Arc::default(), cuts }
+        Self {
+            inner,
+            ledger,
+            too_early: Arc::default(),
+            acknowledged: Arc::default(),
+            blocked: AtomicBool::new(false),
+            refused: AtomicU32::new(0),
+            cuts,
+        }
     }
 
     /// Waits until so many deliveries were acknowledged over it.
@@ -232,6 +261,9 @@ impl Receipt for Watched {
     async fn nack(&self, requeue: bool) -> PortResult<()> {
         self.inner.nack(requeue).await
     }
+    fn is_stale(&self) -> bool {
+        self.inner.is_stale()
+    }
 }
 
 #[async_trait]
@@ -240,6 +272,10 @@ impl Queue for CutQueue {
         self.inner.declare_work(model).await
     }
     async fn publish(&self, to: &Destination, message: Message) -> Result<(), PublishError> {
+        if self.blocked.load(SeqCst) {
+            self.refused.fetch_add(1, SeqCst);
+            return Ok(down("RabbitMQ")?);
+        }
         self.inner.publish(to, message).await
     }
     async fn consume(&self, from: &Source, prefetch: u16) -> PortResult<Consumer> {

@@ -261,6 +261,7 @@ impl Order {
             epoch,
             worker: worker.into(),
             interruptions,
+            delivered: true,
             expires_in_s: 600,
         }
     }
