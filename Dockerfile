@@ -6,9 +6,11 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
 
 FROM debian:bookworm-slim
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 stoker && mkdir /data && chown stoker /data
+    && groupadd --gid 10001 stoker && useradd --create-home --uid 10001 --gid stoker stoker \
+    && mkdir /data && chown stoker:stoker /data
 COPY --from=build /stoker /usr/local/bin/stoker
-USER stoker
+# By number: Kubernetes can't tell that a user with a name is not root (runAsNonRoot).
+USER 10001:10001
 ENV STOKER_DATA_DIR=/data
 EXPOSE 8080
 ENTRYPOINT ["stoker"]

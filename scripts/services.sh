@@ -4,8 +4,9 @@
 #   eval "$(scripts/services.sh start)"
 #
 # What listens on AMQP_URL, REDIS_URL and POSTGRES_URL (or on the usual local ports) is used as it is. What is missing comes
-# from the compose file where a Docker engine runs; else from private instances of the distribution's packages, on ports
-# and in a folder of their own, which `scripts/services.sh stop` ends.
+# from the compose file where a Docker engine with its compose plugin runs; else from private instances of Debian's (or
+# Ubuntu's) packages, on ports and in a folder of their own, which `scripts/services.sh stop` ends. Root installs packages that
+# are missing; others are told (exit code 3).
 #
 # With SERVICES=private all three are private ones, whatever else runs; SERVICES_DIR and
 # SERVICES_PORTS (the first of four) keep several sets apart. `restart NAME` kills (-9) and starts one again.
@@ -56,9 +57,13 @@ need() { # PACKAGE FILE-OR-COMMAND
     # Should the package start an instance of its own, ours still has other ports and folders.
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >&2
   else
-    fail "$1 is not installed: install it, start a Docker engine, or set AMQP_URL, REDIS_URL and POSTGRES_URL"
+    say "$1 is not installed: install it, start a Docker engine, or set AMQP_URL, REDIS_URL and POSTGRES_URL"
+    exit 3
   fi
 }
+
+# Whether the compose file can be used: the engine's client is often installed without the plugin.
+has_compose() { docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1; }
 
 private_redis() {
   need redis-server redis-server
@@ -115,7 +120,7 @@ start() {
   listens "$AMQP_URL" 5672 || missing+=(rabbitmq)
   listens "$REDIS_URL" 6379 || missing+=(redis)
   listens "$POSTGRES_URL" 5432 || missing+=(postgres)
-  if ((${#missing[@]})) && [[ ${SERVICES:-} != private ]] && docker info >/dev/null 2>&1; then
+  if ((${#missing[@]})) && [[ ${SERVICES:-} != private ]] && has_compose; then
     say "starting ${missing[*]} with Docker"
     docker compose up -d --wait "${missing[@]}" >&2
     for s in "${missing[@]}"; do
@@ -127,7 +132,8 @@ start() {
     done
     missing=()
   fi
-  for s in "${missing[@]}"; do
+  # Written like this because Bash before 4.4, macOS's, takes an empty array for an unset variable.
+  for s in ${missing[@]+"${missing[@]}"}; do
     say "starting a private $s in $folder"
     mkdir -p "$folder"
     "private_$s"

@@ -7,6 +7,9 @@ services=$(scripts/services.sh start)
 eval "$services"
 # Always the whole workspace: with a part of it, Cargo chooses other features and builds every dependency anew.
 cargo build --workspace
-"${CARGO_TARGET_DIR:-target}/debug/stoker" model pull
+model=$("${CARGO_TARGET_DIR:-target}/debug/stoker" model pull)
+# The engine's tests know nothing of the configuration that says where the model is.
+STOKER_DATA_DIR=$(cd "$(dirname "$model")/.." && pwd)
+export STOKER_DATA_DIR
 cargo test --workspace --no-fail-fast
 clients/tests/run.sh

@@ -2,7 +2,8 @@
 # Real clients against a real fleet: OpenAI's Python and Node SDKs, and the guide's RabbitMQ, Postgres and HTTP classes,
 # all unchanged. Starts a coordinator and two workers (a model, and the echo engine) on the configured services.
 #
-# The guide's classes know only the names `llm.…`: no other fleet may run on the same broker meanwhile.
+# The guide's classes know only the names `llm.…`: no other fleet may run on the same broker meanwhile. Where one seems to,
+# nothing is touched, unless CLIENT_TESTS_PURGE=1 says that its messages may go.
 set -euo pipefail
 cd "$(dirname "$0")"
 root=$(cd ../.. && pwd)
@@ -31,17 +32,19 @@ npm ci --no-audit --no-fund --loglevel=error
 stoker=${FLEET_BIN:-${CARGO_TARGET_DIR:-$root/target}/debug/stoker}
 [[ -x $stoker ]] || (cd "$root" && cargo build --workspace)
 
+database=stoker_client_tests_$$
+POSTGRES_URL=$(node services.mjs create "$database")
+export POSTGRES_URL
+
+# Not before the services are known to be ours: it empties the queues.
 pids=()
 finish() {
-  for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+  for pid in ${pids[@]+"${pids[@]}"}; do kill "$pid" 2>/dev/null || true; done
   wait 2>/dev/null || true
   node services.mjs drop "$database" || true
 }
 trap finish EXIT
 
-database=stoker_client_tests_$$
-POSTGRES_URL=$(node services.mjs create "$database")
-export POSTGRES_URL
 port=$(node services.mjs port)
 export FLEET_URL=http://127.0.0.1:$port
 
@@ -57,4 +60,4 @@ done
 [[ ${models:-} == *SmolLM2* && $models == *'"echo"'* ]] || { tail "$work"/*.log >&2; fail "the fleet did not come up"; }
 
 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider .
-node --test .
+node --test

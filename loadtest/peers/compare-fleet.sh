@@ -15,9 +15,18 @@ target=${CARGO_TARGET_DIR:-target}/release
 [[ -x $work/venv/bin/pip ]] || python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q --disable-pip-version-check -r loadtest/peers/fastapi/requirements.txt
 
-export STOKER_SERVICES_PREFIX=compare. STOKER_DATA_DIR=$work
+# Queues, keys and tables of its own.
+database=stoker_compare_$$
+psql -q "$POSTGRES_URL" -c "CREATE DATABASE $database"
+server=$POSTGRES_URL
+export POSTGRES_URL=${server%/*}/$database STOKER_SERVICES_PREFIX=compare. STOKER_DATA_DIR=$work
 ours=18080 theirs=18081 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null; wait 2>/dev/null' EXIT
+clean_up() {
+  kill ${pids[@]+"${pids[@]}"} 2>/dev/null || true
+  wait 2>/dev/null || true
+  psql -q "$server" -c "DROP DATABASE IF EXISTS $database WITH (FORCE)" || true
+}
+trap clean_up EXIT
 PORT=$ours "$target/stoker" coordinator >"$work/coordinator.log" 2>&1 & pids+=($!)
 PORT=0 "$target/stoker" worker --engine echo >"$work/worker.log" 2>&1 & pids+=($!)
 (cd loadtest/peers/fastapi && exec "$work/venv/bin/python" -m uvicorn api:app --port $theirs --loop uvloop --http httptools \

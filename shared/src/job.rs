@@ -227,6 +227,19 @@ pub const MAX_STOP_BYTES: usize = 256;
 /// What a token channel's name starts with.
 pub const TOKEN_CHANNEL_PREFIX: &str = "llm.tokens.";
 
+/// An id as one segment of a URL's path, percent-encoded (RFC 3986).
+pub fn path_segment(id: &str) -> String {
+    let mut segment = String::with_capacity(id.len());
+    for byte in id.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            segment.push(char::from(byte));
+        } else {
+            segment.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    segment
+}
+
 /// Longest message of an error about a field, characters: a parser may quote all of what it found.
 const LONGEST_MESSAGE: usize = 500;
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Subcommand};
 use stoker_engine::bench::{Measurement, Quality, SpeedOptions, TEXT, quality, speed, speed_of_shape};
 use stoker_engine::weights::{DType, Shape};
@@ -26,16 +27,16 @@ pub struct BenchArgs {
     #[arg(long, requires = "shape", value_parser = format)]
     format: Option<DType>,
     /// Prompt lengths to prefill, tokens; decoding starts behind the last.
-    #[arg(long, value_delimiter = ',', default_value = "128,512")]
+    #[arg(long, value_delimiter = ',', default_value = "128,512", value_parser = at_least_one())]
     prompt: Vec<usize>,
     /// Sequences that decode together.
-    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8,16,32")]
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8,16,32", value_parser = at_least_one())]
     batch: Vec<usize>,
     /// New tokens per sequence.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = at_least_one())]
     tokens: usize,
     /// Runs per measurement; the median is printed.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = at_least_one())]
     repetitions: usize,
 }
 
@@ -70,6 +71,10 @@ struct QualityArgs {
     /// A text to score instead of the beginning of Moby-Dick.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
+}
+
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
 }
 
 fn shape(name: &str) -> Result<&'static Shape, String> {

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use futures::StreamExt;
 use serde_json::{Value, json};
 use stoker_shared::config::Config;
+use stoker_shared::job::path_segment;
 
 use crate::ask::Events;
 use crate::{dead, http};
@@ -21,7 +22,7 @@ pub enum JobCommand {
         /// Model (default: the coordinator decides).
         #[arg(long)]
         model: Option<String>,
-        /// At most so many tokens.
+        /// At most so many tokens (default: 16, as after any prompt under /v1).
         #[arg(long)]
         max_tokens: Option<u64>,
         /// 0 to 2.
@@ -47,7 +48,7 @@ pub enum JobCommand {
         #[command(flatten)]
         at: At,
     },
-    /// Cancel a job.
+    /// Cancel a job; prints how it stands then: `cancelling` if it runs, `done` if it has ended.
     Cancel {
         /// Id.
         id: String,
@@ -90,18 +91,27 @@ pub async fn run(command: JobCommand, config: &Config) -> Result<()> {
             Ok(())
         }
         JobCommand::Show { id, at } => {
-            let answer = call(&at, reqwest::Method::GET, &format!("/v1/jobs/{id}"), None).await?;
+            let answer = call(&at, reqwest::Method::GET, &path_of(&id)?, None).await?;
             print_or(&at, &answer, &describe(&answer));
             Ok(())
         }
         JobCommand::Cancel { id, at } => {
-            let answer = call(&at, reqwest::Method::DELETE, &format!("/v1/jobs/{id}"), None).await?;
-            print_or(&at, &answer, "cancelled");
+            let answer = call(&at, reqwest::Method::DELETE, &path_of(&id)?, None).await?;
+            print_or(&at, &answer, answer["status"].as_str().unwrap_or_default());
             Ok(())
         }
         JobCommand::Watch { id, at } => watch(&at, &id).await,
         JobCommand::Dead { limit, json } => dead::list(config, limit, json).await,
     }
+}
+
+/// A job's path. Its id is one segment of it, whatever it consists of.
+fn path_of(id: &str) -> Result<String> {
+    if matches!(id, "." | "..") {
+        // However they are written, clients resolve them before they send a request.
+        bail!("no address can name a job with the id {id:?}");
+    }
+    Ok(format!("/v1/jobs/{}", path_segment(id)))
 }
 
 fn insert(object: &mut Value, name: &str, value: Option<Value>) {
@@ -152,7 +162,7 @@ async fn call(at: &At, method: reqwest::Method, path: &str, body: Option<&Value>
 
 async fn watch(at: &At, id: &str) -> Result<()> {
     let client = http::client()?;
-    let url = format!("{}/v1/jobs/{id}/stream", at.url.trim_end_matches('/'));
+    let url = format!("{}{}/stream", at.url.trim_end_matches('/'), path_of(id)?);
     let answer = client.get(&url).send().await.with_context(|| format!("cannot reach {}", at.url))?;
     if !answer.status().is_success() {
         bail!("{}: {}", answer.status(), answer.text().await.unwrap_or_default());
@@ -176,4 +186,33 @@ async fn watch(at: &At, id: &str) -> Result<()> {
         println!();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The path of a request, as it is sent.
+    fn sent(id: &str) -> String {
+        let url = format!("http://localhost:8080{}", path_of(id).expect("an id that can be sent"));
+        let url: reqwest::Url = url.parse().expect("a URL");
+        assert_eq!((url.query(), url.fragment()), (None, None));
+        url.path().to_owned()
+    }
+
+    #[test]
+    fn an_id_is_one_segment_of_the_path() {
+        assert_eq!(sent("order-17.b_~"), "/v1/jobs/order-17.b_~");
+        assert_eq!(sent("order#17"), "/v1/jobs/order%2317");
+        assert_eq!(sent("a/../b?c=%2F d\n"), "/v1/jobs/a%2F..%2Fb%3Fc%3D%252F%20d%0A");
+        assert_eq!(sent("é"), "/v1/jobs/%C3%A9");
+        assert_eq!(sent("%2e%2e"), "/v1/jobs/%252e%252e");
+    }
+
+    #[test]
+    fn ids_that_no_address_can_carry_are_refused() {
+        for id in [".", ".."] {
+            assert!(path_of(id).is_err(), "{id}");
+        }
+    }
 }

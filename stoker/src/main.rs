@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use serde_json::json;
 use stoker_shared::config::{self, Config};
 use stoker_shared::telemetry;
 
@@ -22,8 +23,8 @@ use stoker_shared::telemetry;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
-    /// Configuration file (TOML); the environment wins over it.
-    #[arg(long, global = true, env = "STOKER_CONFIG")]
+    /// Configuration file (TOML; default: the one that STOKER_CONFIG names); the environment wins over it.
+    #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(subcommand)]
     command: Option<Command>,
@@ -46,7 +47,11 @@ enum Command {
     #[command(subcommand)]
     Job(job::JobCommand),
     /// Bring the database schema up to date.
-    Migrate,
+    Migrate {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -58,7 +63,10 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(run(cli)) {
+    let ended = runtime.block_on(run(cli));
+    // Nothing is worth waiting for any more, such as a model that was being loaded when we were told to stop.
+    runtime.shutdown_background();
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("stoker: {e:#}");
@@ -87,16 +95,19 @@ async fn run(cli: Cli) -> Result<()> {
         Some(Command::Bench(args)) => bench::run(args, config).await,
         Some(Command::Model(command)) => model::run(command, &config).await,
         Some(Command::Job(command)) => job::run(command, &config).await,
-        Some(Command::Migrate) => migrate(&config).await,
+        Some(Command::Migrate { json }) => migrate(&config, json).await,
     }
 }
 
-async fn migrate(config: &Config) -> Result<()> {
+async fn migrate(config: &Config, as_json: bool) -> Result<()> {
     let ledger = stoker_shared::postgres::PostgresLedger::connect(&config.services).await?;
-    stoker_shared::ports::Ledger::migrate(&ledger)
-        .await
-        .with_context(|| format!("cannot migrate {}", redact(&config.services.postgres_url)))?;
-    println!("the schema is up to date");
+    let url = redact(&config.services.postgres_url);
+    stoker_shared::ports::Ledger::migrate(&ledger).await.with_context(|| format!("cannot migrate {url}"))?;
+    if as_json {
+        println!("{}", json!({"database": url, "schema": "up to date"}));
+    } else {
+        println!("the schema is up to date");
+    }
     Ok(())
 }
 

@@ -2,7 +2,9 @@
 
 mod common;
 
-use std::time::Duration;
+use std::fs::File;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::services::configured;
 use common::{Fleet, Streaming, client, echo, eventually};
@@ -201,5 +203,63 @@ async fn an_asynchronous_job_outlives_everybody() {
     });
     assert!(done.await, "{}", fleet.logs());
     assert_eq!(text, echo("come what may", 100));
+    fleet.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_still_fetches_its_model_says_so_and_stops_when_told() {
+    let mut fleet = Fleet::new(configured()).await;
+    let data = std::env::temp_dir().join(format!("stoker-test-{}", uuid::Uuid::new_v4().simple()));
+    let models = data.join("models");
+    std::fs::create_dir_all(&models).expect("a folder for models");
+    // As if another process were at it: the worker waits.
+    let lock = File::create(models.join(".SmolLM2-135M-Instruct.Q4_1.gguf.lock")).expect("a lock file");
+    lock.lock().expect("nobody else has it");
+    let folder = data.to_str().expect("a folder with a plain name");
+    let (worker, port) = fleet.start_with(&["worker"], &[("STOKER_DATA_DIR", folder)]);
+    let probe =
+        async |name: &str| client().get(format!("http://127.0.0.1:{port}/healthz/{name}")).send().await;
+    let lives =
+        eventually(Duration::from_secs(30), async || probe("live").await.is_ok_and(|r| r.status() == 200));
+    assert!(lives.await, "{}", fleet.logs());
+    let ready = probe("ready").await.expect("an answer");
+    assert_eq!(ready.status(), 503);
+    // A service may not be connected yet, either.
+    assert!(ready.text().await.expect("a text").contains("no model is loaded yet"));
+    let told = Instant::now();
+    assert!(fleet.terminate(worker).await, "{}", fleet.logs());
+    assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
+    drop(lock);
+    let _ = std::fs::remove_dir_all(&data);
+    fleet.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelling_by_command_reaches_the_job_that_was_named() {
+    let mut fleet = Fleet::new(configured()).await;
+    let url = fleet.coordinator().await;
+    fleet.worker(SLOW).await;
+    for id in ["order", "order#17"] {
+        let body = json!({"id": id, "model": "echo", "prompt": id, "options": {"maxTokens": 200}});
+        let accepted = client().post(format!("{url}/v1/jobs")).json(&body).send().await.expect("an answer");
+        assert_eq!(accepted.status(), 202);
+    }
+    let cancel = || {
+        let command = Command::new(env!("CARGO_BIN_EXE_stoker"))
+            .args(["job", "cancel", "order#17", "--url", &url])
+            .output()
+            .expect("the stoker binary runs");
+        String::from_utf8_lossy(&command.stdout).trim().to_owned()
+    };
+    let running = eventually(Duration::from_secs(30), async || {
+        let sql = "SELECT count(*) AS rows FROM llm_jobs WHERE state = 'running'";
+        fleet.row(sql).await == json!({"rows": 2})
+    });
+    assert!(running.await, "{}", fleet.logs());
+    assert_eq!(cancel(), "cancelling");
+    let sql =
+        "SELECT string_agg(job_id || ': ' || finish_reason, ', ' ORDER BY job_id) AS ends FROM llm_requests";
+    fleet.row_becomes(sql, json!({"ends": "order: length, order#17: cancelled"})).await;
+    assert_eq!(cancel(), "done");
     fleet.end().await;
 }

@@ -1,11 +1,13 @@
 //! A fleet whose services are killed and started again under it: nothing of ours is restarted, no stream breaks.
 //!
-//! The services are private instances (see `scripts/services.sh`), because those that others use are not to be killed.
+//! The services are private instances (see `scripts/services.sh`), because those that others use are not to be killed. Where
+//! Debian's packages for them are neither installed nor can be, the test says so and is skipped.
 
 mod common;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use common::services::configured;
@@ -16,29 +18,43 @@ use stoker_shared::config::Services;
 const PORTS: &str = "15690";
 const WORDS: &str = "nothing is lost and nothing comes twice";
 
+/// What the script exits with where a package is missing that it can't install.
+const PACKAGE_MISSING: i32 = 3;
+
 struct Private {
     folder: PathBuf,
 }
 
 impl Private {
-    fn script(&self, args: &[&str]) -> String {
+    fn run(&self, args: &[&str]) -> Output {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/services.sh");
-        let output = Command::new(script)
+        Command::new(script)
             .args(args)
             .env("SERVICES", "private")
             .env("SERVICES_DIR", &self.folder)
             .env("SERVICES_PORTS", PORTS)
             .output()
-            .expect("scripts/services.sh runs");
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).expect("text")
+            .expect("scripts/services.sh runs")
     }
 
-    fn start() -> (Self, Services) {
+    fn script(&self, args: &[&str]) {
+        succeeded(&self.run(args));
+    }
+
+    /// `None` where the packages are not installed, nor can be.
+    fn start() -> Option<(Self, Services)> {
         // Always the same, as the ports are: so what a run left behind that was killed is found.
         let private = Self { folder: PathBuf::from(format!("/var/tmp/stoker-restarts-{PORTS}")) };
         private.clear();
-        let exports = private.script(&["start"]);
+        let started = private.run(&["start"]);
+        if started.status.code() == Some(PACKAGE_MISSING) {
+            let why = String::from_utf8_lossy(&started.stderr);
+            // Past the macros, whose output is hidden when a test passes.
+            let _ = writeln!(std::io::stderr(), "SKIPPED, restarts of services are not tested: {why}");
+            return None;
+        }
+        succeeded(&started);
+        let exports = String::from_utf8_lossy(&started.stdout);
         let get = |name: &str| {
             let at = exports.find(&format!("{name}=")).expect("the script says where") + name.len() + 1;
             exports[at..].split_whitespace().next().expect("a value").replace('\\', "")
@@ -49,13 +65,17 @@ impl Private {
             postgres_url: get("POSTGRES_URL"),
             ..configured()
         };
-        (private, services)
+        Some((private, services))
     }
 
     fn clear(&self) {
         self.script(&["stop"]);
         let _ = std::fs::remove_dir_all(&self.folder);
     }
+}
+
+fn succeeded(output: &Output) {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 impl Drop for Private {
@@ -66,7 +86,7 @@ impl Drop for Private {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_of_each_service_is_survived() {
-    let (private, services) = Private::start();
+    let Some((private, services)) = Private::start() else { return };
     let mut fleet = Fleet::new(services).await;
     let url = fleet.coordinator().await;
     fleet.worker(&["--engine", "echo", "--echo-delay-ms", "20"]).await;

@@ -8,7 +8,7 @@ use axum::http::header::{CONTENT_TYPE, LOCATION};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use stoker_shared::job::{Job, MAX_ID_BYTES, TOKEN_CHANNEL_PREFIX};
+use stoker_shared::job::{Job, MAX_ID_BYTES, TOKEN_CHANNEL_PREFIX, path_segment};
 use stoker_shared::outcome::{JobError, Outcome, code};
 use stoker_shared::ports::{JobRow, JobState, StoredJob};
 use time::OffsetDateTime;
@@ -42,7 +42,7 @@ async fn submitted(app: &App, request: Request) -> Result<Response, JobError> {
     let defaults = Defaults::openai(job.messages.is_some());
     let intent = Intent { job, caller, defaults, accepted, traceparent: traceparent(&parts.headers) };
     let queued = app.dispatch.enqueue(intent, id).await?;
-    let location = HeaderValue::from_str(&format!("/v1/jobs/{}", percent_encoded(&queued.id)));
+    let location = HeaderValue::from_str(&format!("/v1/jobs/{}", path_segment(&queued.id)));
     let reply = json!({ "id": queued.id, "object": "job", "status": word(queued.state) });
     let mut response = (StatusCode::ACCEPTED, axum::Json(reply)).into_response();
     if let Ok(location) = location {
@@ -222,17 +222,4 @@ impl Events for Offsets {
         let body: Value = Family::OpenAi.body(error);
         json_event(&body, out);
     }
-}
-
-/// An id as one segment of a path.
-fn percent_encoded(id: &str) -> String {
-    let mut out = String::with_capacity(id.len());
-    for b in id.bytes() {
-        if b.is_ascii_alphanumeric() || b"-._~".contains(&b) {
-            out.push(char::from(b));
-        } else {
-            out.push_str(&format!("%{b:02X}"));
-        }
-    }
-    out
 }

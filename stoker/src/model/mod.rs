@@ -5,7 +5,7 @@ pub mod pull;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use serde_json::json;
 use stoker_engine::weights::Checkpoint;
@@ -18,6 +18,9 @@ pub enum ModelCommand {
     Pull {
         /// Name, see `stoker model list`.
         name: Option<String>,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// The models that can be pulled, and the files that are there.
     List {
@@ -43,9 +46,14 @@ pub fn folder(config: &Config) -> PathBuf {
 /// Runs the command.
 pub async fn run(command: ModelCommand, config: &Config) -> Result<()> {
     match command {
-        ModelCommand::Pull { name } => {
-            let path = fetch(name.as_deref(), config).await?;
-            println!("{}", path.display());
+        ModelCommand::Pull { name, json } => {
+            let entry = known(name.as_deref())?;
+            let path = pull::pull(entry, &folder(config)).await?.display().to_string();
+            if json {
+                println!("{}", json!({"name": entry.name, "path": path, "bytes": entry.size}));
+            } else {
+                println!("{path}");
+            }
             Ok(())
         }
         ModelCommand::List { json } => {
@@ -56,15 +64,14 @@ pub async fn run(command: ModelCommand, config: &Config) -> Result<()> {
     }
 }
 
-async fn fetch(name: Option<&str>, config: &Config) -> Result<PathBuf> {
-    let entry = match name {
-        None => catalogue::default(),
-        Some(name) => match catalogue::find(name) {
-            Some(entry) => entry,
-            None => bail!("no model is known by the name {name:?}; `stoker model list` shows those that are"),
-        },
-    };
-    pull::pull(entry, &folder(config)).await
+/// The model that can be pulled under a name; without one, the default.
+fn known(name: Option<&str>) -> Result<&'static catalogue::Entry> {
+    match name {
+        None => Ok(catalogue::default()),
+        Some(name) => catalogue::find(name).with_context(|| {
+            format!("no model is known by the name {name:?}; `stoker model list` shows those that are")
+        }),
+    }
 }
 
 /// The file or folder of a model: a path, the name of a file in the models folder, or a name that can be pulled.
@@ -85,7 +92,7 @@ pub async fn resolve(model: &str, config: &Config) -> Result<PathBuf> {
 
 /// The default model's file, fetched if it is missing.
 pub async fn default(config: &Config) -> Result<PathBuf> {
-    fetch(None, config).await
+    pull::pull(catalogue::default(), &folder(config)).await
 }
 
 fn list(folder: &Path, as_json: bool) {

@@ -39,6 +39,11 @@ impl Fleet {
 
     /// Starts `stoker ARGS` and gives its HTTP port.
     pub fn start(&mut self, args: &[&str]) -> (Process, u16) {
+        self.start_with(args, &[])
+    }
+
+    /// The same with more variables set.
+    pub fn start_with(&mut self, args: &[&str], variables: &[(&str, &str)]) -> (Process, u16) {
         let port = free_port();
         let log = self.folder.join(format!("{}-{}.log", self.processes.len(), args[0]));
         let err = File::create(&log).expect("a log file");
@@ -50,6 +55,7 @@ impl Fleet {
             .env("STOKER_SERVICES_PREFIX", &self.services.prefix)
             .env("STOKER_LOG", "info")
             .env("PORT", port.to_string())
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(err)
