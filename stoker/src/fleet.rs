@@ -11,6 +11,7 @@ use stoker_shared::config::{BackendChoice, Config, EngineChoice};
 use stoker_shared::ports::bring_up_schema;
 use stoker_shared::telemetry;
 use stoker_worker::{Model, Worker};
+use tokio_util::sync::CancellationToken;
 
 use crate::{ask, model};
 
@@ -151,6 +152,7 @@ impl ServeArgs {
 pub async fn up(mut config: Config, args: UpArgs) -> Result<()> {
     args.serve.apply(&mut config);
     config.http.port = args.port.or(config.http.port);
+    let stop = stop_signal()?;
     let ports = if args.real {
         stoker_shared::connect(&config.services).await?
     } else {
@@ -158,27 +160,26 @@ pub async fn up(mut config: Config, args: UpArgs) -> Result<()> {
         stoker_shared::embedded::ports(Some(&file))
             .with_context(|| format!("cannot open {}", file.display()))?
     };
-    let models = models(&config).await?;
-    let metrics = telemetry::init_metrics();
-    let coordinator = Coordinator::start(config.clone(), ports.clone(), Some(metrics)).await?;
-    let addr = coordinator.addr();
+    let starting = Coordinator::start(config.clone(), ports.clone(), Some(telemetry::init_metrics()));
+    let Some(coordinator) = stop.run_until_cancelled(starting).await.transpose()? else { return Ok(()) };
+    let url = format!("http://localhost:{}", coordinator.addr().port());
     // The worker's own pages would say the same as the coordinator's: any port will do.
     config.http.port = Some(0);
     config.http.host = "127.0.0.1".into();
-    let worker = Worker::start(config.clone(), ports, models, None).await?;
-    let url = format!("http://localhost:{}", addr.port());
-    if let Some(question) = args.ask {
-        worker.announced().await;
-        ask::ask(&url, &question).await?;
-    }
-    ask::say_how_to_call(&url);
-    let failed = tokio::select! {
-        r = stop_signal() => r.err(),
-        r = worker.wait() => r.err().map(Into::into),
+    let worker = Worker::open(config.clone(), ports, None).await?;
+    let serving = async {
+        worker.serve(models(&config).await?).await?;
+        if let Some(question) = args.ask {
+            worker.announced().await;
+            ask::ask(&url, &question).await?;
+        }
+        ask::say_how_to_call(&url);
+        Ok(worker.wait().await?)
     };
+    let ended = stop.run_until_cancelled(serving).await.unwrap_or(Ok(()));
     worker.drain().await;
     coordinator.shutdown().await;
-    failed.map_or(Ok(()), Err)
+    ended
 }
 
 /// The process's SQLite file. The lock that the ledger takes on it keeps a second fleet away.
@@ -191,28 +192,32 @@ fn embedded_file(config: &Config) -> Result<PathBuf> {
 
 /// A coordinator on the real services.
 pub async fn coordinator(config: Config) -> Result<()> {
+    let stop = stop_signal()?;
     let ports = stoker_shared::connect(&config.services).await?;
-    let coordinator = Coordinator::start(config, ports, Some(telemetry::init_metrics())).await?;
+    let starting = Coordinator::start(config, ports, Some(telemetry::init_metrics()));
+    let Some(coordinator) = stop.run_until_cancelled(starting).await.transpose()? else { return Ok(()) };
     tracing::info!("coordinator {} listens on {}", coordinator.id(), coordinator.addr());
-    stop_signal().await?;
+    stop.cancelled().await;
     coordinator.shutdown().await;
     Ok(())
 }
 
 /// A worker on the real services.
 pub async fn worker(config: Config) -> Result<()> {
+    let stop = stop_signal()?;
     let ports = stoker_shared::connect(&config.services).await?;
     let ledger = ports.ledger.clone();
     tokio::spawn(async move { bring_up_schema(&*ledger).await });
-    let models = models(&config).await?;
-    let worker = Worker::start(config, ports, models, Some(telemetry::init_metrics())).await?;
-    tracing::info!("worker {} serves; its probes and metrics are on {}", worker.id(), worker.addr());
-    let failed = tokio::select! {
-        r = stop_signal() => r.err(),
-        r = worker.wait() => r.err().map(Into::into),
+    // It answers probes while it fetches and loads, so that nobody takes it for hung.
+    let worker = Worker::open(config.clone(), ports, Some(telemetry::init_metrics())).await?;
+    tracing::info!("worker {} has its probes and metrics on {}", worker.id(), worker.addr());
+    let serving = async {
+        worker.serve(models(&config).await?).await?;
+        Ok(worker.wait().await?)
     };
+    let ended = stop.run_until_cancelled(serving).await.unwrap_or(Ok(()));
     worker.drain().await;
-    failed.map_or(Ok(()), Err)
+    ended
 }
 
 /// What the worker is to run.
@@ -253,8 +258,8 @@ pub fn load_options(path: PathBuf, config: &Config) -> LoadOptions {
         backend: config.worker.backend.map(backend),
         slots: config.worker.slots,
         threads: config.worker.threads,
-        context: None,
-        kv_positions: None,
+        context: config.worker.context,
+        kv_positions: config.worker.kv_positions,
         speculation: Some(config.worker.speculation),
         progress: Some(Box::new(move |done, all| {
             bar.set_length(all);
@@ -282,21 +287,26 @@ fn backend(choice: BackendChoice) -> BackendKind {
     }
 }
 
-/// Waits for SIGTERM or SIGINT. A second one ends the process at once.
-async fn stop_signal() -> Result<()> {
+/// Cancelled by SIGTERM or SIGINT; a second one ends the process at once. To be called before anything that takes time: the
+/// system keeps signals without a handler from the first process of a container.
+fn stop_signal() -> Result<CancellationToken> {
     #[cfg(unix)]
-    {
+    let mut signal = {
         use tokio::signal::unix::{SignalKind, signal};
         let mut term = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut int = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-        tracing::info!("stopping: running jobs are finished or handed over (again: at once)");
-        tokio::spawn(async move {
-            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-            std::process::exit(130);
-        });
-        Ok(())
-    }
+        async move || tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+    };
     #[cfg(not(unix))]
-    tokio::signal::ctrl_c().await.context("cannot listen for Ctrl-C")
+    let mut signal = async || drop(tokio::signal::ctrl_c().await);
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    tokio::spawn(async move {
+        signal().await;
+        tracing::info!("stopping: running jobs are finished or handed over (again: at once)");
+        token.cancel();
+        signal().await;
+        std::process::exit(130);
+    });
+    Ok(stop)
 }

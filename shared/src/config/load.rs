@@ -48,11 +48,16 @@ impl Config {
             let expected = "1 to 64 visible ASCII characters without `*`, `#` and `,`";
             return unfit("services.prefix", format!("{prefix:?}"), expected);
         }
-        if self.worker.slots == Some(0) {
-            return unfit("worker.slots", "0".into(), "1 or more");
-        }
-        if self.worker.threads == Some(0) {
-            return unfit("worker.threads", "0".into(), "1 or more");
+        let worker = &self.worker;
+        for (key, value) in [
+            ("worker.slots", worker.slots.map(u64::from)),
+            ("worker.threads", worker.threads.map(u64::from)),
+            ("worker.context", worker.context.map(u64::from)),
+            ("worker.kv_positions", worker.kv_positions),
+        ] {
+            if value == Some(0) {
+                return unfit(key, "0".into(), "1 or more");
+            }
         }
         if self.limits.max_tokens == 0 {
             return unfit("limits.max_tokens", "0".into(), "1 or more");

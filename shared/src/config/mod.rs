@@ -203,6 +203,11 @@ pub struct Worker {
     pub slots: Option<u32>,
     /// CPU threads; absent: all cores.
     pub threads: Option<u32>,
+    /// Longest context, tokens; absent: the model's, as far as memory goes.
+    pub context: Option<u32>,
+    /// Positions of the KV cache, of all jobs of a model together; absent: what a quarter of the free memory holds, as far as
+    /// slots could need it.
+    pub kv_positions: Option<u64>,
     /// Whether tokens are guessed from what a text repeats, which changes nothing but speed.
     pub speculation: bool,
     /// What runs the jobs.
@@ -222,6 +227,8 @@ impl Default for Worker {
             backend: None,
             slots: None,
             threads: None,
+            context: None,
+            kv_positions: None,
             speculation: true,
             engine: EngineChoice::default(),
             echo_tokens: 32,

@@ -83,6 +83,8 @@ fn every_field_has_a_variable() {
         ("STOKER_WORKER_BACKEND", "cuda"),
         ("STOKER_WORKER_ENGINE", "echo"),
         ("STOKER_WORKER_MODELS", "/a b.gguf,c"),
+        ("STOKER_WORKER_CONTEXT", "4096"),
+        ("STOKER_WORKER_KV_POSITIONS", "65536"),
         ("STOKER_DATA_DIR", "/data"),
         ("STOKER_LOG", "debug,hyper=warn"),
         ("STOKER_LOG_FORMAT", "json"),
@@ -96,6 +98,7 @@ fn every_field_has_a_variable() {
     assert_eq!(config.worker.backend, Some(BackendChoice::Cuda));
     assert_eq!(config.worker.engine, EngineChoice::Echo);
     assert_eq!(config.worker.models, ["/a b.gguf", "c"]);
+    assert_eq!((config.worker.context, config.worker.kv_positions), (Some(4096), Some(65536)));
     assert_eq!(config.data_dir, Some("/data".into()));
     assert_eq!((config.log.filter.as_str(), config.log.format), ("debug,hyper=warn", LogFormat::Json));
 }
@@ -243,6 +246,8 @@ fn values_must_fit_their_purpose() {
         ("STOKER_SERVICES_PREFIX", "a*", "`services.prefix`"),
         ("STOKER_WORKER_SLOTS", "0", "`worker.slots` (STOKER_WORKER_SLOTS) is 0; expected 1 or more"),
         ("STOKER_WORKER_THREADS", "0", "`worker.threads`"),
+        ("STOKER_WORKER_CONTEXT", "0", "`worker.context`"),
+        ("STOKER_WORKER_KV_POSITIONS", "0", "`worker.kv_positions`"),
         ("STOKER_LIMITS_MAX_TOKENS", "0", "`limits.max_tokens`"),
         ("STOKER_LIMITS_MAX_TOKENS", "50", "`limits.default_max_tokens`"),
         ("STOKER_LIMITS_DEFAULT_MAX_TOKENS", "0", "`limits.default_max_tokens`"),

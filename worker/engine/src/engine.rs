@@ -2,7 +2,7 @@
 //!
 //! One thread owns model, cache and scheduler, so none of them needs a lock. Prompts are rendered and tokenized on the caller's
 //! thread, where a long one delays nobody's tokens. With nothing to do the thread sleeps on its channel, and the first request to
-//! come starts at once. A panic in a step ends the requests that were in it, and the engine goes on.
+//! come starts at once. A panic in a step ends the request that it is due to, and the engine goes on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -356,10 +356,18 @@ impl Runner {
         }
     }
 
-    /// After a panic in the model: those in the step end, the others are computed again.
+    /// After a panic in the model all are computed again, those in the step one by one. Whoever makes it panic alone ends; if
+    /// nobody does, those end that are in the next step that fails.
     fn recover(&mut self, error: RequestError) {
+        let alone = self.scheduler.stepped().count() == 1;
         for sequence in self.scheduler.stepped() {
-            sequence.end(FinishReason::Error(error.clone()));
+            if alone || sequence.struck {
+                sequence.end(FinishReason::Error(error.clone()));
+            }
+            (sequence.suspect, sequence.struck) = (true, true);
+        }
+        if alone {
+            self.scheduler.all().for_each(|sequence| sequence.struck = false);
         }
         self.dismiss();
         self.scheduler.forget_cache();

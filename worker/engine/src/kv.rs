@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::kernels::BLOCK;
 
 /// Digest of all tokens up to a block's end. Cryptographic, so that nobody can make up a prompt that finds another's block.
-type Key = [u8; 16];
+pub(crate) type Key = [u8; 16];
 
 const ROOT: Key = [0; 16];
 
@@ -50,6 +50,14 @@ impl Table {
     pub fn blocks(&self) -> &[u32] {
         &self.blocks
     }
+
+    /// Under which digest the first of its blocks that is not full yet can be found once it is; `tokens` are the sequence's.
+    /// `None` if that will never be of use: whole blocks only, and never all tokens, since the last one's logits are wanted.
+    pub fn next_key(&self, tokens: &[u32]) -> Option<Key> {
+        let reusable = &tokens[..tokens.len().saturating_sub(1)];
+        let chunk = reusable.chunks_exact(BLOCK).nth(self.keys.len())?;
+        Some(digest(self.keys.last().unwrap_or(&ROOT), chunk))
+    }
 }
 
 impl BlockPool {
@@ -74,18 +82,28 @@ impl BlockPool {
         self.free.len() + self.idle.len()
     }
 
-    /// Takes over what is cached of `tokens`: whole blocks only, and never all tokens, since the last one's logits are wanted.
-    pub fn reuse(&mut self, tokens: &[u32]) -> Table {
-        let mut table = Table::default();
-        let reusable = &tokens[..tokens.len().saturating_sub(1)];
-        for chunk in reusable.chunks_exact(BLOCK) {
-            let key = digest(table.keys.last().unwrap_or(&ROOT), chunk);
-            let Some(&block) = self.by_key.get(&key) else { break };
+    /// Blocks that could be had if `table` were released: those that nobody else has.
+    pub fn held_alone(&self, table: &Table) -> usize {
+        table.blocks.iter().filter(|block| self.blocks[**block as usize].references == 1).count()
+    }
+
+    /// Takes over what is cached of `tokens`, behind the full blocks of `table` and in place of those that it was to fill. Says
+    /// how many positions are full now.
+    pub fn reuse(&mut self, table: &mut Table, tokens: &[u32]) -> usize {
+        while let Some(key) = table.next_key(tokens)
+            && let Some(&block) = self.by_key.get(&key)
+        {
             self.reference(block);
-            table.blocks.push(block);
+            match table.blocks.get_mut(table.keys.len()) {
+                Some(own) => {
+                    let own = std::mem::replace(own, block);
+                    self.release(Table { blocks: vec![own], keys: Vec::new() });
+                }
+                None => table.blocks.push(block),
+            }
             table.keys.push(key);
         }
-        table
+        table.keys.len() * BLOCK
     }
 
     /// Gives `table` room for `positions`; false (and nothing changed) when there are not enough blocks.
@@ -175,6 +193,12 @@ fn digest(parent: &Key, tokens: &[u32]) -> Key {
 mod tests {
     use super::*;
 
+    fn found(pool: &mut BlockPool, tokens: &[u32]) -> Table {
+        let mut table = Table::default();
+        assert_eq!(pool.reuse(&mut table, tokens), table.blocks().len() * BLOCK);
+        table
+    }
+
     fn tokens(seed: u32, count: usize) -> Vec<u32> {
         (0..count as u32).map(|i| seed * 1000 + i).collect()
     }
@@ -211,19 +235,41 @@ mod tests {
     fn a_prefix_is_shared_while_used_and_found_again_afterwards() {
         let mut pool = BlockPool::new(8);
         let prompt = tokens(1, 2 * BLOCK + 5);
-        let mut a = pool.reuse(&prompt);
+        let mut a = found(&mut pool, &prompt);
         assert!(a.blocks().is_empty());
         pool.grow(&mut a, prompt.len());
         pool.publish(&mut a, &prompt, prompt.len());
-        let b = pool.reuse(&prompt);
+        let b = found(&mut pool, &prompt);
         assert_eq!(b.blocks(), &a.blocks()[..2]);
         let first = b.blocks().to_vec();
         pool.release(a);
         pool.release(b);
         assert_eq!(pool.available(), 8);
-        let c = pool.reuse(&prompt);
+        let c = found(&mut pool, &prompt);
         assert_eq!(c.blocks(), first);
         pool.release(c);
+    }
+
+    #[test]
+    fn what_another_has_computed_meanwhile_takes_the_place_of_own_blocks() {
+        let mut pool = BlockPool::new(8);
+        let prompt = tokens(1, 3 * BLOCK + 5);
+        let [mut a, mut b] = [(); 2].map(|()| found(&mut pool, &prompt));
+        for table in [&mut a, &mut b] {
+            assert!(pool.grow(table, prompt.len()));
+        }
+        assert_eq!((a.next_key(&prompt), pool.available()), (b.next_key(&prompt), 0));
+        pool.publish(&mut a, &prompt, 2 * BLOCK + 1);
+        assert_ne!(a.next_key(&prompt), b.next_key(&prompt));
+        assert_eq!(pool.reuse(&mut b, &prompt), 2 * BLOCK);
+        assert_eq!((&b.blocks()[..2], b.blocks().len()), (&a.blocks()[..2], 4));
+        assert_ne!(b.blocks()[2..], a.blocks()[2..]);
+        assert_eq!((pool.available(), pool.held_alone(&a), pool.held_alone(&b)), (2, 2, 2));
+        assert_eq!(pool.reuse(&mut b, &prompt), 2 * BLOCK, "nothing new");
+        pool.release(a);
+        assert_eq!((pool.available(), pool.held_alone(&b)), (4, 4));
+        pool.release(b);
+        assert_eq!(pool.available(), 8);
     }
 
     #[test]
@@ -233,7 +279,7 @@ mod tests {
         let mut a = Table::default();
         pool.grow(&mut a, prompt.len());
         pool.publish(&mut a, &prompt, prompt.len());
-        assert_eq!(pool.reuse(&prompt).blocks().len(), 1);
+        assert_eq!(found(&mut pool, &prompt).blocks().len(), 1);
     }
 
     #[test]
@@ -244,7 +290,7 @@ mod tests {
         let mut table = Table::default();
         pool.grow(&mut table, one.len());
         pool.publish(&mut table, &one, one.len());
-        assert!(pool.reuse(&[b, a, vec![0]].concat()).blocks().is_empty());
+        assert!(found(&mut pool, &[b, a, vec![0]].concat()).blocks().is_empty());
     }
 
     #[test]
@@ -260,8 +306,7 @@ mod tests {
         let mut table = Table::default();
         assert!(pool.grow(&mut table, BLOCK));
         let more = |prompt: &[u32]| [prompt, &[0]].concat();
-        let found = pool.reuse(&more(&old));
-        assert_eq!(found.blocks().len(), 1);
-        assert_eq!(pool.reuse(&more(&new)).blocks().len(), 2);
+        assert_eq!(found(&mut pool, &more(&old)).blocks().len(), 1);
+        assert_eq!(found(&mut pool, &more(&new)).blocks().len(), 2);
     }
 }

@@ -15,6 +15,7 @@ pub mod kernels;
 mod kv;
 mod language;
 mod load;
+mod memory;
 mod model;
 mod pace;
 mod sampler;

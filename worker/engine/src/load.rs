@@ -31,9 +31,10 @@ pub struct LoadOptions {
     pub slots: Option<u32>,
     /// CPU threads; `None`: all cores.
     pub threads: Option<u32>,
-    /// Context length; `None`: the model's.
+    /// Context length, no longer than the model's and than what the cache holds; `None`: as long as both allow.
     pub context: Option<u32>,
-    /// Cached positions (all requests together); `None`: what a share of the device's free memory holds.
+    /// Cached positions (all requests together), taken as they are; `None`: what a share of the host's free memory holds, as far
+    /// as slots could need it.
     pub kv_positions: Option<u64>,
     /// Whether tokens are guessed from what the text repeats, and checked several in a step; it changes only speed, and is
     /// done only where it pays. `None`: yes.

@@ -2,23 +2,31 @@
 //!
 //! Continuous batching: before every step the scheduler looks again at who is there. Running sequences get their row; what is
 //! left of the step's budget goes to prompts, in chunks, so that a long prompt does not hold up the streams beside it.
-//! Sequences are let in while there are slots and blocks for all their tokens; within a lane, that of the user who has had least. When a running one needs a block and there is
-//! none, the least important one is preempted: it gives all its blocks up, waits at the head of its lane, and is computed
-//! again later. The most important one always finds room, because the cache holds at least one whole context.
+//! Sequences are let in while there are slots and blocks for all their tokens; within a lane, that of the user who has had
+//! least. When a running one needs a block and there is none, the least important one is preempted: it gives all its blocks up,
+//! waits at the head of its lane, and is computed again later. The most important one always finds room, because the cache
+//! holds at least one whole context. Batch sequences make room for interactive ones that wait for blocks, too, but not for ever.
+//!
+//! Of sequences that begin alike, one computes what they share, and the others take it over block by block.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use crate::batch::Batch;
 use crate::fairness::Accounts;
 use crate::kernels::BLOCK;
-use crate::kv::BlockPool;
+use crate::kv::{BlockPool, Table};
 use crate::pace::Pace;
 use crate::sampler::Choice;
 use crate::sequence::Sequence;
 use crate::{Priority, SequenceId};
 
-/// Every so-many-th slot, and every so-many-th admission, belongs to the batch lane if something waits there.
+/// Every so-many-th slot, admission and prompt token of a step belongs to the batch lane if something waits there.
 const BATCH_SHARE: usize = 10;
+/// Most interactive sequences that are let in before a batch one whose turn it is, because there are not enough blocks for it
+/// yet. Then they wait with it until running ones have ended, and it stays to come to an end.
+const PATIENCE: usize = BATCH_SHARE * BATCH_SHARE;
+/// How often a batch sequence is put out for interactive ones that wait for blocks, before it stays.
+const YIELDS: u32 = 3;
 /// Every so-many-th prompt token of a step is the most important sequence's, whoever has had how much.
 const FIRST_SHARE: usize = 4;
 
@@ -43,6 +51,8 @@ pub(crate) struct Scheduler {
     arrivals: u64,
     /// Admissions since one from the batch lane.
     since_batch: usize,
+    /// Of these, those before a batch sequence whose turn it was.
+    passed: usize,
 }
 
 impl Scheduler {
@@ -57,6 +67,7 @@ impl Scheduler {
             accounts: Accounts::default(),
             arrivals: 0,
             since_batch: 0,
+            passed: 0,
         }
     }
 
@@ -107,10 +118,14 @@ impl Scheduler {
     /// Fills `batch` with the next step: all that decode, with guesses where they pay, and a chunk of prompts.
     pub fn plan(&mut self, batch: &mut Batch, pace: &Pace) {
         batch.clear();
+        self.share();
         if self.make_room() {
             self.admit();
         }
-        let prompt = self.plan_rows(pace.chunk(self.decoding_count()));
+        let prompt = match self.running.iter().position(|running| running.sequence.suspect) {
+            Some(suspect) => self.plan_alone(suspect, pace.chunk(0)),
+            None => self.plan_rows(pace.chunk(self.decoding_count())),
+        };
         // A chunk lengthens the streams' pauses enough.
         if self.speculation && prompt == 0 {
             self.speculate(pace);
@@ -120,6 +135,19 @@ impl Scheduler {
             let outputs = usize::from(*rows == pending.len());
             batch.push(&pending[..*rows], sequence.computed, sequence.table.blocks(), outputs);
             batch.extend(&sequence.draft.tokens);
+        }
+    }
+
+    /// Lets prompts take over blocks that others have computed since they were let in.
+    fn share(&mut self) {
+        for Running { sequence, .. } in self.running.iter_mut().filter(|running| !running.sequence.decoding())
+        {
+            let mut table = std::mem::take(&mut sequence.table);
+            let full = self.pool.reuse(&mut table, sequence.tokens());
+            sequence.table = table;
+            if full > sequence.computed {
+                sequence.found_in_cache(full);
+            }
         }
     }
 
@@ -134,7 +162,14 @@ impl Scheduler {
             }
         }
         let mut left = chunk;
+        let mut computing = HashMap::new();
         let mut give = |index: usize, most: usize| {
+            let sequence = &self.running[index].sequence;
+            // Where another computes the same block already, that gets the turn, and this one the block in the next step.
+            let index = match sequence.table.next_key(sequence.tokens()) {
+                Some(key) => *computing.entry(key).or_insert(index),
+                None => index,
+            };
             let Running { sequence, rows } = &mut self.running[index];
             let more = (sequence.pending().len() - *rows).min(most).min(left);
             *rows += more;
@@ -143,9 +178,20 @@ impl Scheduler {
         if let Some((.., first)) = prompts.first() {
             give(*first, chunk.div_ceil(FIRST_SHARE));
         }
+        if let Some((.., first)) = prompts.iter().find(|(priority, ..)| *priority == Priority::Batch) {
+            give(*first, chunk.div_ceil(BATCH_SHARE));
+        }
         prompts.sort_unstable();
         prompts.iter().for_each(|(.., index)| give(*index, chunk));
         chunk - left
+    }
+
+    /// Leaves the step to one sequence, that may be what makes steps fail, and says how many tokens of it are computed.
+    fn plan_alone(&mut self, index: usize, chunk: usize) -> usize {
+        self.running.iter_mut().for_each(|running| running.rows = 0);
+        let Running { sequence, rows } = &mut self.running[index];
+        *rows = sequence.pending().len().min(chunk);
+        *rows
     }
 
     /// Adds guesses to the step, in blocks that nobody needs now.
@@ -178,18 +224,17 @@ impl Scheduler {
             if self.pool.grow(&mut sequence.table, positions) {
                 index += 1;
             } else {
-                self.preempt();
+                self.preempt(self.running.len() - 1);
             }
         }
         self.running.len() == before
     }
 
-    /// Sends the least important running sequence back to the head of its lane.
-    fn preempt(&mut self) {
-        let mut sequence = self.running.pop().expect("a sequence that wants a block runs").sequence;
+    /// Sends a running sequence back to the head of its lane.
+    fn preempt(&mut self, index: usize) {
+        let mut sequence = self.running.remove(index).sequence;
         tracing::debug!(sequence = sequence.id.0, tokens = sequence.tokens().len(), "preempted");
-        self.pool.release(std::mem::take(&mut sequence.table));
-        sequence.computed = 0;
+        self.pool.release(sequence.restart());
         self.waiting[sequence.priority as usize].push_front(sequence);
     }
 
@@ -197,37 +242,82 @@ impl Scheduler {
     fn admit(&mut self) {
         while self.running.len() < self.slots {
             let Some(lane) = self.next_lane() else { return };
-            let place = self.next_place(lane);
-            let sequence = &self.waiting[lane as usize][place];
-            let mut table = self.pool.reuse(sequence.tokens());
-            let found = table.blocks().len() * BLOCK;
-            // One block for each that runs stays free, or the newcomer would soon push somebody out.
-            let needed = sequence.tokens().len().div_ceil(BLOCK) - table.blocks().len();
-            let spare = self.running.len();
-            if needed + spare > self.pool.available() || !self.pool.grow(&mut table, sequence.tokens().len())
-            {
-                self.pool.release(table);
+            if self.admit_from(lane) {
+                continue;
+            }
+            // Somebody is waiting for the tokens of those that may pass; what runs ends, and leaves its blocks.
+            let may_pass = lane == Priority::Batch && self.passed < PATIENCE;
+            if !may_pass || !self.waits(Priority::Interactive) || !self.admit_from(Priority::Interactive) {
                 return;
             }
-            let mut sequence = self.waiting[lane as usize].remove(place).expect("it was there");
-            sequence.table = table;
-            sequence.found_in_cache(found);
-            self.insert(sequence);
+            self.passed += 1;
+        }
+    }
+
+    /// Lets in whose turn it is in a lane, if there are blocks, and says whether there were.
+    fn admit_from(&mut self, lane: Priority) -> bool {
+        let place = self.next_place(lane);
+        let sequence = &self.waiting[lane as usize][place];
+        let positions = sequence.tokens().len();
+        let mut table = Table::default();
+        let found = self.pool.reuse(&mut table, sequence.tokens());
+        let needed = positions.div_ceil(BLOCK) - table.blocks().len();
+        if lane == Priority::Interactive {
+            self.make_way(needed);
+        }
+        if !self.has_room(needed) || !self.pool.grow(&mut table, positions) {
+            self.pool.release(table);
+            return false;
+        }
+        let mut sequence = self.waiting[lane as usize].remove(place).expect("it was there");
+        sequence.table = table;
+        sequence.found_in_cache(found);
+        self.insert(sequence);
+        true
+    }
+
+    /// Whether a newcomer can have so many blocks. One for each that runs stays free, or the newcomer would soon push somebody
+    /// out.
+    fn has_room(&self, needed: usize) -> bool {
+        needed + self.running.len() <= self.pool.available()
+    }
+
+    /// Puts batch sequences out, the least important first, until an interactive newcomer can have so many blocks; none if all of
+    /// them were not enough.
+    fn make_way(&mut self, needed: usize) {
+        let yields = |running: &Running| {
+            running.sequence.priority == Priority::Batch && running.sequence.yielded < YIELDS
+        };
+        let yielding = self.running.iter().filter(|running| yields(running));
+        // With its blocks, each leaves the one that is kept free for it.
+        let gain: usize = yielding.map(|running| self.pool.held_alone(&running.sequence.table) + 1).sum();
+        if needed + self.running.len() > self.pool.available() + gain {
+            return;
+        }
+        while !self.has_room(needed)
+            && let Some(last) = self.running.iter().rposition(yields)
+        {
+            self.running[last].sequence.yielded += 1;
+            self.preempt(last);
         }
     }
 
     /// Whose turn it is: the interactive lane's, unless the batch lane has waited for its share.
     fn next_lane(&self) -> Option<Priority> {
-        let waits = |lane: Priority| !self.waiting[lane as usize].is_empty();
         let running =
             self.running.iter().filter(|running| running.sequence.priority == Priority::Batch).count();
         let owed = running < self.slots / BATCH_SHARE || self.since_batch + 1 >= BATCH_SHARE;
-        match (waits(Priority::Interactive), waits(Priority::Batch)) {
+        match (self.waits(Priority::Interactive), self.waits(Priority::Batch)) {
             (true, true) if owed => Some(Priority::Batch),
             (true, _) => Some(Priority::Interactive),
             (false, true) => Some(Priority::Batch),
             (false, false) => None,
         }
+    }
+
+    /// Whether somebody waits in a lane.
+    fn waits(&self, lane: Priority) -> bool {
+        !self.waiting[lane as usize].is_empty()
     }
 
     /// Whose turn it is within a lane: that of one who was in already, then that of the user who has had least, what has
@@ -245,10 +335,15 @@ impl Scheduler {
         (0..lane.len()).min_by_key(|place| order(&lane[*place])).unwrap_or(0)
     }
 
-    fn insert(&mut self, sequence: Sequence) {
+    fn insert(&mut self, mut sequence: Sequence) {
         match sequence.priority {
             Priority::Interactive => self.since_batch += 1,
-            Priority::Batch => self.since_batch = 0,
+            Priority::Batch => {
+                if self.passed >= PATIENCE {
+                    sequence.yielded = YIELDS;
+                }
+                (self.since_batch, self.passed) = (0, 0);
+            }
         }
         let importance = |sequence: &Sequence| (sequence.priority, sequence.arrival);
         let place = self.running.partition_point(|other| importance(&other.sequence) < importance(&sequence));
@@ -257,9 +352,8 @@ impl Scheduler {
 
     /// Rows of the planned step that belong to sequences that decode, guesses included.
     pub fn stream_rows(&self) -> usize {
-        let decoding =
-            self.running.iter().map(|running| &running.sequence).filter(|sequence| sequence.decoding());
-        decoding.map(|sequence| 1 + sequence.draft.tokens.len()).sum()
+        let decoding = self.running.iter().filter(|running| running.sequence.decoding());
+        decoding.map(|running| running.rows + running.sequence.draft.tokens.len()).sum()
     }
 
     /// Sequences that take part in the planned step, in the batch's order.
@@ -292,6 +386,8 @@ impl Scheduler {
             let sequence = &mut running.sequence;
             self.accounts.charge(sequence.user, running.rows + sequence.draft.tokens.len());
             sequence.computed += running.rows;
+            // All its tokens went through the model, and nothing happened.
+            sequence.suspect &= !sequence.pending().is_empty();
             let mut table = std::mem::take(&mut sequence.table);
             self.pool.publish(&mut table, sequence.tokens(), sequence.computed);
             sequence.table = table;
@@ -318,11 +414,9 @@ impl Scheduler {
     /// Forgets everything that is cached, because the model has lost it; running sequences are computed again.
     pub fn forget_cache(&mut self) {
         self.pool = BlockPool::new(self.pool.total());
-        for mut running in self.running.drain(..).rev() {
-            running.sequence.table = Default::default();
-            running.sequence.computed = 0;
-            let lane = running.sequence.priority as usize;
-            self.waiting[lane].push_front(running.sequence);
+        for Running { mut sequence, .. } in self.running.drain(..).rev() {
+            sequence.restart();
+            self.waiting[sequence.priority as usize].push_front(sequence);
         }
     }
 

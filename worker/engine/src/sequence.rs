@@ -36,6 +36,12 @@ pub(crate) struct Sequence {
     pub computed: usize,
     /// What the planned step guesses of the tokens behind.
     pub draft: Draft,
+    /// How often it has made room for an interactive one, or counts as having done so.
+    pub yielded: u32,
+    /// Whether it was in a step that failed, and has not been computed alone since.
+    pub suspect: bool,
+    /// Whether it was in a step that failed, and nobody has turned out to be the reason since.
+    pub struck: bool,
     /// Why it is over; set once.
     pub ended: Option<FinishReason>,
     /// Prompt, resumed and new tokens.
@@ -52,8 +58,10 @@ pub(crate) struct Sequence {
     text: TextStream,
     /// What the running step adds to its event.
     step: Output,
-    /// How much of the prompt the cache held when it was first let in.
+    /// How much of the prompt others had put into the cache; `None` until it is first let in.
     cached_prompt: Option<u32>,
+    /// Whether all that it computed was lost once.
+    restarted: bool,
     drafter: Drafter,
 }
 
@@ -94,6 +102,9 @@ impl Sequence {
             table: Table::default(),
             computed: 0,
             draft: Draft::default(),
+            yielded: 0,
+            suspect: false,
+            struck: false,
             ended: None,
             prompt: prompt.len(),
             limit: prompt.len().saturating_add(most).min(context),
@@ -104,6 +115,7 @@ impl Sequence {
             text: TextStream::new(&request.stop),
             step: Output::default(),
             cached_prompt: None,
+            restarted: false,
             drafter: Drafter::default(),
         };
         sequence.resume(&request.resume, tokenizer);
@@ -145,11 +157,22 @@ impl Sequence {
         self.cached_prompt.is_some()
     }
 
-    /// Notes that the cache held the first `positions` of its tokens when it was let in.
+    /// Notes that the cache holds the first `positions` of its tokens, those that it has computed among them.
     pub fn found_in_cache(&mut self, positions: usize) {
+        let cached = self.cached_prompt.get_or_insert(0);
+        // Once it has restarted, it may find what it computed itself.
+        if !self.restarted {
+            *cached += (positions.min(self.prompt) - self.computed.min(self.prompt)) as u32;
+        }
         self.computed = positions;
-        // Later it may find what it computed itself.
-        self.cached_prompt.get_or_insert(positions.min(self.prompt) as u32);
+    }
+
+    /// Forgets all that is computed, and gives its blocks back: it is to be computed again.
+    pub fn restart(&mut self) -> Table {
+        self.computed = 0;
+        self.draft = Draft::default();
+        self.restarted = true;
+        std::mem::take(&mut self.table)
     }
 
     /// Whether tokens may be guessed ahead for it.

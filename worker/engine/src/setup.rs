@@ -12,6 +12,7 @@ use crate::kernels::flex::Cpu;
 use crate::kernels::gpu;
 use crate::kernels::{BLOCK, Kernels};
 use crate::language::Language;
+use crate::memory::free_memory;
 use crate::model::{self, Model, Setup};
 use crate::sampler::Choice;
 use crate::weights::{Checkpoint, ModelConfig};
@@ -23,6 +24,8 @@ const DEFAULT_SLOTS: u32 = 16;
 const CACHE_SHARE: u64 = 4;
 /// What is taken to be free where nobody can say, bytes.
 const ASSUMED_FREE: u64 = 8 << 30;
+/// Positions below which a cache is of no use to a model whose context is longer.
+const LEAST_POSITIONS: usize = 256;
 
 /// Does all that [`load`](crate::load) promises, on the engine's thread.
 pub(crate) fn set_up(options: LoadOptions) -> Result<Ready, LoadError> {
@@ -35,14 +38,17 @@ pub(crate) fn set_up_checkpoint(
     isa: Isa,
     options: LoadOptions,
 ) -> Result<Ready, LoadError> {
-    let language = Language::new(checkpoint.tokenizer()?, checkpoint.template()?);
     let config = checkpoint.config();
+    let language = Language::new(checkpoint.tokenizer()?, checkpoint.template()?, config.vocab);
     let slots = options.slots.unwrap_or(DEFAULT_SLOTS).max(1);
     let wanted =
         options.context.map_or(config.context, |context| config.context.min(context as usize)).max(1);
     let backend = options.backend.unwrap_or_else(best_backend);
     let speculation = options.speculation.unwrap_or(true);
-    let blocks = blocks(config, backend, &options, wanted, slots as usize);
+    let blocks = match options.kv_positions {
+        Some(positions) => (positions as usize).div_ceil(BLOCK).max(1),
+        None => affordable_blocks(free_memory(), position_bytes(config, backend), wanted, slots as usize)?,
+    };
     let context = wanted.min(blocks * BLOCK);
     let mut info = ModelInfo {
         name: options.name.clone().unwrap_or_else(|| checkpoint.name()),
@@ -136,22 +142,29 @@ fn load_on<B: Kernels>(
     Ok(model)
 }
 
-/// How many blocks the cache gets: what was asked for, or what all slots could need, within a share of free memory; in any
-/// case room for one whole context if it was not asked for less.
-fn blocks(
-    config: &ModelConfig,
-    backend: BackendKind,
-    options: &LoadOptions,
+/// How many blocks the cache gets where nobody has said: what `slots` contexts could need, within a share of `free` bytes of
+/// memory. `position`: bytes of a position.
+///
+/// # Errors
+/// If that is too little for a conversation.
+fn affordable_blocks(
+    free: Option<u64>,
+    position: usize,
     context: usize,
     slots: usize,
-) -> usize {
-    if let Some(positions) = options.kv_positions {
-        return (positions as usize).div_ceil(BLOCK).max(1);
+) -> Result<usize, LoadError> {
+    let share = free.unwrap_or(ASSUMED_FREE) / CACHE_SHARE;
+    let blocks = (share as usize / (BLOCK * position)).min(context.div_ceil(BLOCK) * slots);
+    let least = context.min(LEAST_POSITIONS);
+    if blocks * BLOCK < least {
+        return Err(LoadError::Memory(format!(
+            "{} MB of memory are left for the KV cache, a {CACHE_SHARE}th of what is free, and {least} positions take {} MB: \
+             free memory, raise the container's limit, choose a smaller model, or say how many positions there shall be",
+            share >> 20,
+            (least * position).div_ceil(1 << 20),
+        )));
     }
-    let block_bytes = BLOCK * position_bytes(config, backend);
-    let affordable = (free_memory().unwrap_or(ASSUMED_FREE) / CACHE_SHARE) as usize / block_bytes;
-    let one = context.div_ceil(BLOCK);
-    affordable.clamp(one, one * slots)
+    Ok(blocks)
 }
 
 /// Bytes of cache that one position takes in all layers together.
@@ -167,13 +180,6 @@ pub(crate) fn position_bytes(config: &ModelConfig, backend: BackendKind) -> usiz
         _ => Flex::cache_bytes,
     };
     config.layers * layer(config.kv_heads, config.head_dim)
-}
-
-/// Bytes of memory that are available, where the system says.
-pub(crate) fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? << 10)
 }
 
 /// The processor, for people.
@@ -201,4 +207,55 @@ fn warm_up(model: &mut dyn Model) {
 fn threads(options: &LoadOptions) -> usize {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     options.threads.map_or_else(cores, |threads| threads as usize).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::TempDir;
+    use crate::common::gguf::{Gguf, Value};
+
+    #[test]
+    fn a_cache_is_as_large_as_memory_allows_and_slots_need() {
+        let blocks = |free, context, slots| affordable_blocks(Some(free), 1 << 10, context, slots);
+        assert_eq!(blocks(1 << 40, 1000, 3).unwrap(), 3 * 1000_usize.div_ceil(BLOCK));
+        // A quarter of 64 MB holds 16384 positions, less than one whole context.
+        assert_eq!(blocks(64 << 20, 100_000, 3).unwrap() * BLOCK, 16_384);
+        assert_eq!(blocks(1 << 20, 256, 1).unwrap() * BLOCK, 256);
+        assert_eq!(
+            blocks(1 << 19, 100, 1).unwrap(),
+            100_usize.div_ceil(BLOCK),
+            "a short context needs no more"
+        );
+        let LoadError::Memory(message) = blocks(1 << 19, 100_000, 3).unwrap_err() else { panic!() };
+        assert!(message.starts_with("0 MB of memory") && message.contains("256 positions"), "{message}");
+        assert!(blocks(0, 1, 1).is_err());
+    }
+
+    /// The file's number is all that there is of this context.
+    #[test]
+    fn a_file_that_claims_a_huge_context_gets_a_cache_that_fits() {
+        let mut file = Gguf::tiny(&["H", "e"]);
+        file.set("llama.context_length", Value::U32(1 << 28));
+        let directory = TempDir::new();
+        let options = LoadOptions {
+            path: directory.write("model.gguf", &file.bytes()),
+            name: None,
+            backend: Some(BackendKind::Cpu),
+            slots: None,
+            threads: Some(1),
+            context: None,
+            kv_positions: None,
+            speculation: None,
+            progress: None,
+        };
+        let free = free_memory().unwrap_or(ASSUMED_FREE);
+        let engine = crate::load(options, Box::new(drop)).unwrap();
+        let positions = engine.stats().kv_total;
+        let config = Checkpoint::open(&directory.0.join("model.gguf")).unwrap().config().clone();
+        let bytes = positions * position_bytes(&config, BackendKind::Cpu) as u64;
+        // Other tests may have given memory back meanwhile.
+        assert!(bytes < free / 2, "{bytes} bytes of cache in {free}");
+        assert!(u64::from(engine.info().context) <= positions);
+    }
 }

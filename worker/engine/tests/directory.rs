@@ -383,6 +383,7 @@ fn wrong_tokenizers_are_refused() {
     assert!(error(|j| j["model"]["merges"] = json!([["h", "zz"]])).contains("tokenizer.json"));
     assert!(error(|j| j["model"]["continuing_subword_prefix"] = "##".into()).contains("prefix"));
     assert!(error(|j| *j = json!(7)).contains("tokenizer.json"));
+    assert!(error(|j| j["post_processor"]["special_tokens"] = json!({})).contains("do not fit together"));
     let directory = whole(Dtype::F32);
     std::fs::remove_file(directory.0.join("tokenizer.json")).unwrap();
     let missing = open(&directory).unwrap().tokenizer().unwrap_err();

@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::engine::{self, Handle, Ready};
 use crate::kernels::cpu::Isa;
 use crate::kernels::{BLOCK, Limits};
+use crate::memory::free_memory;
 use crate::model::Cost;
 use crate::sequence::Sequence;
 use crate::weights::{Checkpoint, DType, Shape};
@@ -93,7 +94,7 @@ pub fn speed_of_shape(
 /// Refuses what would drive the system out of memory.
 fn check_memory(shape: &Shape, format: DType, backend: BackendKind, positions: u64) -> Result<(), LoadError> {
     let needed = memory(shape, format, backend, positions)?;
-    let Some(free) = setup::free_memory().filter(|&free| free < needed) else { return Ok(()) };
+    let Some(free) = free_memory().filter(|&free| free < needed) else { return Ok(()) };
     let gb = |bytes: u64| bytes as f64 / 1e9;
     Err(LoadError::Memory(format!(
         "{} in {} takes {:.1} GB of memory with its cache, and {:.1} GB are free: choose a smaller shape or format, or fewer \
@@ -121,7 +122,9 @@ fn measure(
     let longest = options.prompts.iter().copied().max().unwrap_or(1) + options.tokens + SLACK + 2 * BLOCK;
     load.slots = Some(most as u32);
     load.speculation = Some(false);
-    load.kv_positions.get_or_insert((most * longest.next_multiple_of(BLOCK) + most * BLOCK) as u64);
+    // Not what was set for serving: what is measured must fit.
+    load.context = None;
+    load.kv_positions = Some((most * longest.next_multiple_of(BLOCK) + most * BLOCK) as u64);
     let (sender, events) = mpsc::channel();
     let (facts, known) = mpsc::channel();
     let set_up = move || {

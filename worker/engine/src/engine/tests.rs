@@ -25,11 +25,19 @@ struct Toy {
     memory: Vec<[u64; BLOCK]>,
     /// Whether it draws tokens itself.
     samples: bool,
+    /// Most sequences in a step; with more it panics.
+    company: usize,
+}
+
+impl Toy {
+    fn new(blocks: usize) -> Self {
+        Self { memory: vec![[u64::MAX; BLOCK]; blocks], samples: true, company: usize::MAX }
+    }
 }
 
 impl Model for Toy {
     fn forward(&mut self, batch: &Batch) -> Vec<f32> {
-        assert!(!batch.tokens.contains(&BOOM), "boom");
+        assert!(!batch.tokens.contains(&BOOM) && batch.spans.len() <= self.company, "boom");
         let mut logits = Vec::new();
         let mut outputs = batch.outputs.iter().map(|row| *row as usize).peekable();
         for span in &batch.spans {
@@ -143,13 +151,12 @@ fn info(slots: u32) -> ModelInfo {
 }
 
 fn runner(slots: u32, blocks: usize) -> (Runner, Ears) {
-    runner_that(true, slots, blocks)
+    runner_of(Toy::new(blocks), slots)
 }
 
-/// `samples`: whether its model draws tokens itself.
-fn runner_that(samples: bool, slots: u32, blocks: usize) -> (Runner, Ears) {
+fn runner_of(model: Toy, slots: u32) -> (Runner, Ears) {
     let ears = Ears::default();
-    let model = Box::new(Toy { memory: vec![[u64::MAX; BLOCK]; blocks], samples });
+    let (blocks, model) = (model.memory.len(), Box::new(model));
     let language = crate::language::tests::smollm2();
     let ready = Ready { model, language, info: info(slots), blocks, speculation: true };
     (Runner::new(ready, Arc::default(), ears.sink()), ears)
@@ -193,7 +200,8 @@ impl Runner {
 
 /// What a request yields in an engine of its own with room for everything, token by token, each drawn on the host.
 fn alone(request: &Request) -> Heard {
-    let (mut runner, ears) = runner_that(false, 1, CONTEXT.div_ceil(BLOCK));
+    let model = Toy { samples: false, ..Toy::new(CONTEXT.div_ceil(BLOCK)) };
+    let (mut runner, ears) = runner_of(model, 1);
     runner.pace.fixed_draft = Some(0);
     runner.submit(request.clone());
     runner.finish();
@@ -340,23 +348,46 @@ fn ends_are_told_with_their_reasons() {
 }
 
 #[test]
-fn a_panic_ends_its_step_only() {
-    let (mut runner, ears) = runner(2, 20);
+fn a_panic_ends_only_who_makes_the_model_panic_alone() {
+    let (mut runner, ears) = runner(4, 20);
     let bystander = Request { max_tokens: Some(100), ..request(1, "waits its turn") };
     runner.submit(Request { priority: Priority::Batch, ..bystander.clone() });
+    // More than once, and one of several.
+    for id in [2, 4] {
+        runner.turn();
+        (id..id + 2).for_each(|id| runner.submit(request(id, &boom())));
+        runner.turn();
+        assert!(ears.of(1).finish.is_none());
+    }
+    runner.submit(request(6, "comes later"));
+    runner.finish();
+    for id in 2..6 {
+        let heard = ears.of(id);
+        let FinishReason::Error(error) = reason(&heard) else { panic!("{heard:?}") };
+        assert_eq!((error.kind, heard.tokens.len()), (RequestErrorKind::Internal, 0));
+    }
+    assert_eq!(ears.of(6).tokens, alone(&request(6, "comes later")).tokens);
+    assert_eq!(ears.of(1), alone(&bystander));
+}
+
+#[test]
+fn a_panic_that_comes_of_nobody_alone_ends_those_in_the_next() {
+    let (mut runner, ears) = runner_of(Toy { company: 1, ..Toy::new(20) }, 2);
+    runner.submit(request(1, "one"));
     runner.turn();
-    runner.submit(request(2, &boom()));
-    runner.submit(request(3, "comes later"));
+    runner.submit(request(2, "other"));
     runner.finish();
     for id in [1, 2] {
+        assert!(matches!(reason(&ears.of(id)), FinishReason::Error(_)));
+        let heard = ears.of(id).tokens;
         assert!(
-            matches!(reason(&ears.of(id)), FinishReason::Error(error) if error.kind == RequestErrorKind::Internal)
+            !heard.is_empty()
+                && alone(&request(id, ["one", "other"][id as usize - 1])).tokens.starts_with(&heard)
         );
     }
-    assert_eq!(ears.of(3).tokens, alone(&request(3, "comes later")).tokens);
-    runner.submit(Request { id: SequenceId(4), ..bystander.clone() });
+    runner.submit(request(3, "later"));
     runner.finish();
-    assert_eq!(ears.of(4).tokens, alone(&bystander).tokens);
+    assert_eq!(ears.of(3).tokens, alone(&request(3, "later")).tokens);
 }
 
 #[test]
@@ -387,6 +418,90 @@ fn batch_waits_for_interactive_but_not_for_ever() {
         before = (1..30).filter(|id| ears.of(*id).finish.is_some()).count();
     }
     assert!((1..=10).contains(&before), "{before} interactive requests went first");
+}
+
+/// A request with a prompt of `length` tokens that begins like no other's.
+fn long(id: u64, length: usize) -> Request {
+    request(id, &format!("{id:03}{}", "7".repeat(length - 3)))
+}
+
+#[test]
+fn interactive_requests_pass_a_batch_one_that_waits_for_blocks() {
+    let (mut runner, ears) = runner(10, 10);
+    runner.submit(Request { max_tokens: Some(60), ..long(1, 4 * BLOCK - 8) });
+    runner.turn();
+    let batch = Request { priority: Priority::Batch, ..long(2, 6 * BLOCK - 8) };
+    runner.submit(batch.clone());
+    (3..8).for_each(|id| runner.submit(request(id, &format!("interactive {id}"))));
+    while ears.of(1).finish.is_none() {
+        assert!(ears.of(2).tokens.is_empty(), "there is no room for it");
+        runner.turn();
+    }
+    assert!(ears.of(1).tokens.len() > 40 && (3..8).all(|id| ears.of(id).finish.is_some()));
+    runner.finish();
+    assert_eq!(ears.of(2), alone(&batch));
+}
+
+#[test]
+fn a_batch_request_that_needs_most_blocks_comes_to_its_turn_among_many_small_ones() {
+    let (mut runner, ears) = runner(10, 8);
+    runner.pace.fixed_draft = Some(0);
+    let mut small = (1..).map(|id| Request { max_tokens: Some(27), ..request(id, &format!("{id}")) });
+    // They end one after another, so that there is never room for it by chance.
+    for _ in 0..4 {
+        runner.submit(small.next().unwrap());
+        (0..7).for_each(|_| runner.turn());
+    }
+    let batch = Request { priority: Priority::Batch, ..long(0, 6 * BLOCK - 8) };
+    runner.submit(batch.clone());
+    for _ in 0..2000 {
+        runner.submit(small.next().unwrap());
+        runner.turn();
+        if !ears.of(0).tokens.is_empty() {
+            break;
+        }
+    }
+    let before = (1..1000).filter(|id| ears.of(*id).finish.is_some()).count();
+    assert!((100..120).contains(&before), "{before} passed");
+    runner.finish();
+    assert_eq!(ears.of(0), alone(&batch));
+}
+
+#[test]
+fn batch_requests_make_room_for_interactive_ones_so_many_times() {
+    let (mut runner, ears) = runner(4, 7);
+    let batch = Request { priority: Priority::Batch, max_tokens: Some(40), ..long(0, 5 * BLOCK - 4) };
+    runner.submit(batch.clone());
+    let mut at_once = 0;
+    for id in 1.. {
+        (0..2).for_each(|_| runner.turn());
+        if ears.of(0).finish.is_some() {
+            break;
+        }
+        let interactive = Request { max_tokens: Some(2), ..long(id, 3 * BLOCK - 8) };
+        runner.submit(interactive.clone());
+        runner.turn();
+        at_once += usize::from(!ears.of(id).tokens.is_empty());
+        while ears.of(id).finish.is_none() {
+            runner.turn();
+        }
+        assert_eq!(ears.of(id).tokens, alone(&interactive).tokens);
+    }
+    assert_eq!(at_once, 3);
+    assert_eq!(ears.of(0), alone(&batch));
+}
+
+#[test]
+fn a_batch_prompt_gets_on_while_interactive_ones_keep_coming() {
+    let (mut runner, ears) = runner(4, 40);
+    runner.pace.fixed = Some(16);
+    runner.submit(Request { priority: Priority::Batch, ..long(0, 100) });
+    runner.turn();
+    for id in 1..60 {
+        runner.submit(Request { max_tokens: Some(1), ..long(id, 30) });
+        runner.turn();
+    }
+    assert!(!ears.of(0).tokens.is_empty());
 }
 
 #[test]
@@ -481,6 +596,40 @@ fn a_shared_system_prompt_is_computed_once() {
     };
     let (first, second) = (rows(1), rows(2));
     assert!(first >= 500 && second < first / 4, "{second} rows, {first} at first");
+}
+
+#[test]
+fn requests_that_come_together_compute_what_they_share_once() {
+    const SHARED: usize = 500;
+    // Alone, beside a stream, and where another user's long prompt has most of each step.
+    for (streams, others) in [(0, 0), (1, 0), (0, 1)] {
+        let (mut runner, ears) = runner(12, 300);
+        runner.pace.fixed = Some(48);
+        runner.pace.fixed_draft = Some(0);
+        (0..streams).for_each(|id| runner.submit(Request { max_tokens: None, ..request(id, "stream") }));
+        (0..2).for_each(|_| runner.turn());
+        let mut submit = |request| {
+            let sequence = runner.language.prepare(request, 1000).unwrap();
+            runner.obey(Command::Submit(Box::new(sequence)));
+        };
+        for id in 10..18 {
+            let prompt = format!("{}{id}", "7".repeat(SHARED));
+            submit(Request { max_tokens: Some(1), user: id % 3, ..request(id, &prompt) });
+        }
+        (100..100 + others)
+            .for_each(|id| submit(Request { user: 100, max_tokens: Some(1), ..long(id, 900) }));
+        let mut rows = 0;
+        while (10..18).any(|id| ears.of(id).tokens.is_empty()) {
+            let streams = runner.scheduler.decoding_count();
+            runner.turn();
+            rows += runner.batch.rows() - streams;
+        }
+        let own = 8 * (SHARED % BLOCK + 2);
+        let shared = SHARED - SHARED % BLOCK;
+        assert!((shared + own..=shared + own + others as usize * 900).contains(&rows), "{rows} rows");
+        let cached = (10..18).map(|id| ears.of(id).finish.unwrap().usage.cached_prompt_tokens as usize);
+        assert_eq!(cached.sum::<usize>(), 7 * shared);
+    }
 }
 
 #[test]

@@ -126,8 +126,13 @@ impl<'a> Vocabulary<'a> {
     }
 
     fn byte_level(self) -> Result<Tokenizer, Fault> {
-        // Files from before the key are GPT-2's kin.
-        let name = self.gguf.str(self.data, "tokenizer.ggml.pre").unwrap_or("default");
+        let name = self.gguf.str(self.data, "tokenizer.ggml.pre").unwrap_or_else(|| {
+            tracing::warn!(
+                "the file does not say how its model cuts text into words (tokenizer.ggml.pre), so GPT-2's rule is used: \
+                 unless that is the model's, its answers will be worse than they could be; convert the model again"
+            );
+            "default"
+        });
         let Some(cut) = Cut::named(name) else {
             return Err(Fault::Unsupported(format!("pre-tokenizer {name:?} (tokenizer.ggml.pre)")));
         };

@@ -1,5 +1,7 @@
 //! A tokenizer from a Hugging Face directory: `tokenizer.json`, and what other files say about special tokens.
 
+use std::panic::catch_unwind;
+
 use serde_json::Value;
 
 use super::{Begin, Encoder, TokenKind, Tokenizer, byte_level_piece, byte_token, spm_piece};
@@ -20,6 +22,12 @@ pub(crate) struct Special {
 
 /// Builds the tokenizer of a `tokenizer.json`. `limit`: rows of the model's embedding; tokens beyond it are not known.
 pub(crate) fn from_json(bytes: &[u8], special: &Special, limit: usize) -> Result<Tokenizer, Fault> {
+    // The library panics on parts that do not fit together, e.g. a template with a token that it does not describe.
+    catch_unwind(|| build(bytes, special, limit))
+        .unwrap_or_else(|_| Err(Fault::Malformed("tokenizer.json: its parts do not fit together".into())))
+}
+
+fn build(bytes: &[u8], special: &Special, limit: usize) -> Result<Tokenizer, Fault> {
     let bad = |e: &dyn std::fmt::Display| Fault::Malformed(format!("tokenizer.json: {e}"));
     let mut json: Value = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
     if json.pointer("/model/continuing_subword_prefix").and_then(Value::as_str).is_some_and(|p| !p.is_empty())

@@ -10,11 +10,13 @@ mod json;
 mod spm;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::OnceLock;
 
+use tokenizers::models::bpe::BPE;
 use tokenizers::{
-    DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl,
-    models::bpe::BPE,
+    DecoderWrapper, Model, NormalizerWrapper, OffsetReferential, OffsetType, PostProcessorWrapper,
+    PreTokenizerWrapper, Token, TokenizerImpl,
 };
 
 use crate::weights::Fault;
@@ -63,7 +65,16 @@ impl Encoder {
         encoding.ok().map(|e| e.get_ids().to_vec())
     }
 
-    /// The same, but taking control tokens in the text for plain text.
+    /// Where a text spells control tokens out.
+    fn control_tokens(&self, text: &str) -> Vec<Range<usize>> {
+        match self {
+            Self::Bpe(p) => control_tokens(p, text),
+            Self::Spm(p) => control_tokens(p, text),
+            Self::Json(p) => control_tokens(p, text),
+        }
+    }
+
+    /// The same as this one, but taking control tokens in the text for plain text.
     fn literal(&self) -> Self {
         let mut this = self.clone();
         match &mut this {
@@ -155,6 +166,11 @@ impl Tokenizer {
         ids
     }
 
+    /// Where a text spells out control tokens: ranges of its bytes, in order.
+    pub(crate) fn control_tokens(&self, text: &str) -> Vec<Range<usize>> {
+        self.encoder.control_tokens(text)
+    }
+
     /// The bytes that a token stands for. Control tokens, and ids that are no token, give none.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         let id = id as usize;
@@ -235,6 +251,16 @@ fn encode_into(encoder: &Encoder, text: &str, ids: &mut Vec<u32>) {
         encode_into(encoder, left, ids);
         encode_into(encoder, right, ids);
     }
+}
+
+/// Where a pipeline would find control tokens in a text.
+fn control_tokens<M: Model>(pipeline: &Pipeline<M>, text: &str) -> Vec<Range<usize>> {
+    let added = pipeline.get_added_vocabulary();
+    let special = |token: &Token| added.get_added_tokens_decoder().get(&token.id).is_some_and(|t| t.special);
+    let parts = added.extract_and_normalize(pipeline.get_normalizer(), text);
+    let parts = parts.get_splits(OffsetReferential::Original, OffsetType::Byte).into_iter();
+    let controls = parts.filter(|(.., tokens)| tokens.iter().flatten().any(special));
+    controls.map(|(_, (start, end), _)| start..end).collect()
 }
 
 /// The byte that `<0x41>` names.

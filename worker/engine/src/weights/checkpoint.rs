@@ -155,7 +155,15 @@ impl Checkpoint {
         let mut hash = Sha256::new();
         hash.update(b"stoker weights 1\n");
         match &self.source {
-            Source::Gguf(gguf) => hash.update(&self.maps[0][..gguf.header_len.min(self.maps[0].len())]),
+            Source::Gguf(gguf) => {
+                hash.update(&self.maps[0][..gguf.header_len.min(self.maps[0].len())]);
+                // Scaling that the header leaves unsaid is what its reader takes it for, and earlier versions took it for none.
+                let said = gguf.has_key(&format!("{}.rope.scaling.type", self.config.architecture));
+                if !said && !self.has("rope_freqs.weight") {
+                    let factors = self.config.rope_factors.iter().flatten();
+                    factors.for_each(|factor| hash.update(factor.to_le_bytes()));
+                }
+            }
             Source::Directory(directory) => directory.hash(&mut hash),
             Source::Shape => {}
         }

@@ -159,8 +159,12 @@ impl ModelConfig {
             c.sliding_window = gguf.uint(&key("attention.sliding_window")).map(|n| n as usize);
         }
         let mut c = c.finish(None)?;
-        let scaling = gguf.str(data, &key("rope.scaling.type")).unwrap_or("none");
-        c.scale_positions(scaling, gguf.float(&key("rope.scaling.factor")))?;
+        // As llama.cpp reads it: old files have a factor without a type, which is linear, or by another name.
+        let factor =
+            ["rope.scaling.factor", "rope.scale_linear"].iter().find_map(|name| gguf.float(&key(name)));
+        let factor = factor.filter(|factor| *factor != 0.0);
+        let by_default = if factor.is_none_or(|factor| factor == 1.0) { "none" } else { "linear" };
+        c.scale_positions(gguf.str(data, &key("rope.scaling.type")).unwrap_or(by_default), factor)?;
         Ok(c)
     }
 
@@ -246,5 +250,33 @@ fn size(name: &str, value: Option<u64>) -> Result<usize, Fault> {
         Some(Ok(n)) if n > 0 => Ok(n),
         Some(_) => Err(Fault::Malformed(format!("metadata: {name} is out of range"))),
         None => Err(Fault::Malformed(format!("metadata: {name} is missing or no number"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::common::TempDir;
+    use crate::common::gguf::{Gguf, Value};
+    use crate::weights::Checkpoint;
+
+    #[test]
+    fn a_factor_without_a_type_is_linear_scaling_as_in_old_files() {
+        let factor = |entries: &[(&str, Value)]| {
+            let mut file = Gguf::tiny(&["a"]);
+            for (name, value) in entries {
+                file.set(&format!("llama.rope.{name}"), value.clone());
+            }
+            let directory = TempDir::new();
+            let checkpoint = Checkpoint::open(&directory.write("model.gguf", &file.bytes())).unwrap();
+            checkpoint.config().rope_factors.as_ref().map(|factors| factors[0])
+        };
+        let none = Value::String("none".into());
+        assert_eq!(factor(&[]), None);
+        assert_eq!(factor(&[("scale_linear", Value::F32(4.0))]), Some(4.0));
+        assert_eq!(factor(&[("scaling.factor", Value::F32(2.0))]), Some(2.0));
+        assert_eq!(factor(&[("scaling.factor", Value::F32(2.0)), ("scaling.type", none)]), None);
+        for nothing in [0.0, 1.0] {
+            assert_eq!(factor(&[("scale_linear", Value::F32(nothing))]), None);
+        }
     }
 }

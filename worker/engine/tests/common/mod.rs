@@ -12,12 +12,13 @@ use std::path::PathBuf;
 /// # Panics
 /// If it is not there, saying how to get it.
 pub fn smollm2() -> PathBuf {
-    let data = std::env::var_os("STOKER_DATA_DIR").map(PathBuf::from).unwrap_or_else(|| {
-        let home = std::env::home_dir().expect("a home directory, or STOKER_DATA_DIR");
-        home.join(".local/share/stoker")
+    let folder = |variable| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let data = folder("STOKER_DATA_DIR").unwrap_or_else(|| {
+        let data = folder("XDG_DATA_HOME").or(folder("HOME").map(|home| home.join(".local/share")));
+        data.expect("a home directory, or STOKER_DATA_DIR").join("stoker")
     });
     let path = data.join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    assert!(path.is_file(), "{} is missing: run `make model`", path.display());
+    assert!(path.is_file(), "{} is missing: run `make model`, or set STOKER_DATA_DIR", path.display());
     path
 }
 

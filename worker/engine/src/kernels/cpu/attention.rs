@@ -22,6 +22,8 @@ use chunk::{CHUNK, Scratch, run_chunk};
 
 /// Rows of one sequence that are taken together.
 const TILE_ROWS: usize = 16;
+/// Most numbers that are kept of chunks until they are joined, 64 MB; in tests so few that there are several groups of chunks.
+const PARTIAL: usize = if cfg!(test) { 1 << 14 } else { 1 << 24 };
 
 /// What attention is to be computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,7 +59,8 @@ pub(super) struct Problem<'a, E> {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-    static PARTIAL: RefCell<Vec<f32>> = RefCell::default();
+    /// States of chunks until they are joined.
+    static PARTIAL_STATES: RefCell<Vec<f32>> = RefCell::default();
 }
 
 /// `out = softmax(q K^T) V`; `q` and `out` are `[rows, heads * head_dim]`, queries are rotated, and the rows' own keys and
@@ -109,7 +112,12 @@ pub fn attention<E: Element>(
         }
     };
     if !long.is_empty() {
-        by_chunks(pool, &problem, &long, out);
+        let mut rest = long.as_slice();
+        while !rest.is_empty() {
+            let (group, others) = rest.split_at(fitting(&problem, rest));
+            by_chunks(pool, &problem, group, out);
+            rest = others;
+        }
         long.iter().step_by(shape.heads).for_each(|unit| quantise(unit.rows.clone()));
     }
     if !units.is_empty() {
@@ -178,6 +186,26 @@ impl<E> Problem<'_, E> {
     fn queries(&self, unit: &Unit) -> usize {
         unit.rows.len() * self.sharing()
     }
+
+    /// Numbers of the states of all queries of a unit.
+    fn states(&self, unit: &Unit) -> usize {
+        self.queries(unit) * self.state()
+    }
+
+    /// Numbers of a query's state.
+    fn state(&self) -> usize {
+        self.shape.value_dim() + 2
+    }
+}
+
+/// How many of the first units have room for the states of all their chunks; at least one.
+fn fitting<E>(problem: &Problem<'_, E>, units: &[Unit]) -> usize {
+    let mut kept = 0;
+    let fits = |unit: &&Unit| {
+        kept += unit.chunks.len() * problem.states(unit);
+        kept <= PARTIAL
+    };
+    units.iter().take_while(fits).count().max(1)
 }
 
 /// All chunks of a unit on one thread.
@@ -201,46 +229,46 @@ fn by_unit<E: Element>(
 
 /// Chunks spread over the threads, their results joined afterwards, in the order in which one thread would have.
 fn by_chunks<E: Element>(pool: &Pool, problem: &Problem<'_, E>, units: &[Unit], out: Shared<f32>) {
-    let state = problem.shape.value_dim() + 2;
-    let tasks: Vec<(&Unit, usize)> =
-        units.iter().flat_map(|unit| unit.chunks.clone().map(move |chunk| (unit, chunk))).collect();
-    let chunks = tasks.len();
-    let most = units.iter().map(|unit| problem.queries(unit)).max().unwrap_or(0);
-    PARTIAL.with_borrow_mut(|partial| {
-        partial.resize(chunks * most * state, 0.0);
+    // Each with where its states are kept.
+    let (mut tasks, mut starts, mut end) = (Vec::new(), Vec::new(), 0);
+    for unit in units {
+        starts.push(end);
+        for chunk in unit.chunks.clone() {
+            tasks.push((unit, chunk, end));
+            end += problem.states(unit);
+        }
+    }
+    PARTIAL_STATES.with_borrow_mut(|partial| {
+        partial.resize(end, 0.0);
         let parts = Shared(partial.as_mut_ptr());
-        let runs = chunks.min(8 * pool.threads());
+        let runs = tasks.len().min(8 * pool.threads());
         pool.run(runs, |run| {
             SCRATCH.with_borrow_mut(|scratch| {
-                for task in share(chunks, runs, run) {
-                    let (unit, chunk) = tasks[task];
+                for &(unit, chunk, start) in &tasks[share(tasks.len(), runs, run)] {
                     scratch.begin(pool.isa(), problem, unit);
                     run_chunk(pool.isa(), problem, unit, None, chunk, scratch);
-                    for query in 0..problem.queries(unit) {
-                        let from = scratch.state(query);
-                        // SAFETY: a range of its own for each task and query, within `partial`.
-                        let to = unsafe {
-                            std::slice::from_raw_parts_mut(parts.at((task * most + query) * state), state)
-                        };
-                        to.copy_from_slice(from);
-                    }
+                    // SAFETY: a range of its own for each task, within `partial`.
+                    let to = unsafe { std::slice::from_raw_parts_mut(parts.at(start), problem.states(unit)) };
+                    to.copy_from_slice(scratch.states());
                 }
             });
         });
-        let mut joined = vec![0.0; state];
-        let mut task = 0;
-        for unit in units {
-            for query in 0..problem.queries(unit) {
-                chunk::clear(&mut joined);
-                for index in 0..unit.chunks.len() {
-                    let part = &partial[((task + index) * most + query) * state..][..state];
-                    chunk::join(pool.isa(), &mut joined, part);
-                }
-                finish(problem, unit, query, &joined, out);
-            }
-            task += unit.chunks.len();
-        }
+        let partial = partial.as_slice();
+        pool.run(units.len(), |index| join(pool, problem, &units[index], &partial[starts[index]..], out));
     });
+}
+
+/// Joins the states of a unit's chunks, which lie one chunk's behind another's.
+fn join<E>(pool: &Pool, problem: &Problem<'_, E>, unit: &Unit, parts: &[f32], out: Shared<f32>) {
+    let state = problem.state();
+    let mut joined = vec![0.0; state];
+    for query in 0..problem.queries(unit) {
+        chunk::clear(&mut joined);
+        for part in parts.chunks_exact(problem.states(unit)).take(unit.chunks.len()) {
+            chunk::join(pool.isa(), &mut joined, &part[query * state..][..state]);
+        }
+        finish(problem, unit, query, &joined, out);
+    }
 }
 
 /// Writes a query's output: its weighted sum over the sum of its weights.

@@ -73,6 +73,11 @@ impl Scratch {
         }
     }
 
+    /// The states of all the unit's queries, one after another.
+    pub fn states(&self) -> &[f32] {
+        &self.states
+    }
+
     /// State of a query: largest score, sum of weights, weighted sum of values.
     pub fn state(&self, query: usize) -> &[f32] {
         &self.states[query * self.state..][..self.state]

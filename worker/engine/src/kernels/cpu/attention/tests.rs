@@ -255,3 +255,18 @@ fn independent<E: Garbage>(case: &Case, batch: &Batch, isa: Isa, index: usize) {
         }
     }
 }
+
+#[test]
+fn what_is_kept_of_chunks_is_bounded() {
+    let spec = AttentionSpec { heads: 2, scale: 0.1, window: None, softcap: None };
+    let shape = KvShape { block: 32, heads: 2, head_dim: 64 };
+    // In several groups, and each of these is smaller than all together.
+    let case = Case { shape, spec, sequences: vec![(3000, 64)] };
+    let batch = case.batch();
+    let all = 0..batch.positions.len();
+    let many = case.run::<f32>(&Pool::new(8), &batch, all.clone());
+    let kept = PARTIAL_STATES.with_borrow(Vec::capacity);
+    assert!((1..=2 * PARTIAL).contains(&kept), "{kept} numbers");
+    let one = case.run::<f32>(&Pool::new(1), &batch, all);
+    assert!(many.iter().zip(&one).all(|(many, one)| many.to_bits() == one.to_bits()));
+}
