@@ -130,6 +130,11 @@ impl Attempt {
         }
     }
 
+    /// What there is of its text, for the engine that goes on with it.
+    pub fn so_far(&self) -> engine::Resume {
+        engine::Resume { tokens: self.ids.clone(), text: self.text.clone() }
+    }
+
     /// The bus holds so much of what was handed to it.
     pub fn resync(&mut self, replay: &Replay) {
         (self.opened, self.reopen) = (true, false);

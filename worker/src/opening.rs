@@ -9,10 +9,10 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use stoker_engine::{ChatMessage, Constraint, Priority, Prompt, Request, Sampling, SequenceId};
+use stoker_engine::{ChatMessage, Constraint, Priority, Prompt, Request, Resume, Sampling, SequenceId};
 use stoker_shared::backoff::Backoff;
 use stoker_shared::job::{DEFAULT_TEMPERATURE, Job, Lane};
-use stoker_shared::outcome::{FinishReason, JobError, code};
+use stoker_shared::outcome::FinishReason;
 use stoker_shared::ports::{LogHeader, Opened, Opening};
 use stoker_shared::response_format::ResponseFormat;
 use tokio::sync::mpsc;
@@ -83,7 +83,10 @@ pub(crate) fn start_unopened(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticke
     for (_, ticket) in &attempts {
         ticket.served.meter.started(ticket.lane, ticket.age_ms());
     }
-    submit(shared, attempts.into_iter().map(|(number, ticket)| (number, ticket, Vec::new())).collect());
+    submit(
+        shared,
+        attempts.into_iter().map(|(number, ticket)| (number, ticket, Resume::default())).collect(),
+    );
 }
 
 /// The opening of an attempt's log, for the first time or again.
@@ -114,16 +117,16 @@ fn start(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
                     outbox::cancel(attempt, number);
                 }
             }
-            Opened::Started { frames, revision, cancelled } => {
+            Opened::Started { frames, cancelled } => {
                 attempt.cancelled |= cancelled;
                 attempt.phase = Phase::Running;
                 attempt.resume(Replay::of(frames));
                 let ticket = &attempt.ticket;
                 ticket.served.meter.started(ticket.lane, ticket.age_ms());
-                end_early(attempt, &revision);
+                end_early(attempt);
                 match attempt.end {
                     Some(_) => ended.push(number),
-                    None => to_submit.push((number, attempt.ticket.clone(), attempt.ids.clone())),
+                    None => to_submit.push((number, attempt.ticket.clone(), attempt.so_far())),
                 }
             }
         }
@@ -136,8 +139,8 @@ fn start(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
     }
 }
 
-/// Ends an attempt that must not run. `revision`: the weights that what is in its log comes from.
-fn end_early(attempt: &mut Attempt, revision: &str) {
+/// Ends an attempt that must not run.
+fn end_early(attempt: &mut Attempt) {
     if attempt.end.is_some() {
         info!(job = %attempt.ticket.id, "its text was whole already: only its end is left to be done");
     } else if let Some(error) = attempt.doom.take().or_else(|| attempt.ticket.fault.clone()) {
@@ -146,29 +149,12 @@ fn end_early(attempt: &mut Attempt, revision: &str) {
         attempt.end_now(FinishReason::Cancelled, attempt::cancelled(), false);
     } else if attempt.ticket.has_expired() {
         attempt.end_now(FinishReason::Deadline, attempt::expired(), false);
-    } else if let Some(error) = weights_replaced(attempt, revision) {
-        warn!(job = %attempt.ticket.id, %error, "can't go on with its text");
-        attempt.end_now(FinishReason::Error, error, false);
     }
-}
-
-/// Why a text can't go on that other weights began, under the same model name: its token ids mean something else to
-/// these, and what its readers have of it can't be taken back.
-fn weights_replaced(attempt: &Attempt, revision: &str) -> Option<JobError> {
-    let ours = attempt.ticket.served.info().revision.as_str();
-    let is_known = !revision.is_empty() && !ours.is_empty();
-    (is_known && revision != ours && !attempt.ids.is_empty()).then(|| {
-        let message = format!(
-            "the model's weights were replaced while the text was being written ({revision} by {ours}); send the job \
-             again under a new id"
-        );
-        JobError::field(code::MODEL_UNAVAILABLE, "model", message)
-    })
 }
 
 /// Gives attempts to their engines. An engine tokenizes the prompt and compiles the response format on the thread that
 /// brings it: long prompts and formats go to threads of their own, so that nobody waits for them.
-fn submit(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>, Vec<u32>)>) {
+fn submit(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>, Resume)>) {
     let (long, short): (Vec<_>, Vec<_>) = attempts.into_iter().partition(|(_, t, _)| is_long(t));
     for (number, ticket, resume) in &short {
         ticket.served.engine.submit(request(ticket, *number, resume.clone()));
@@ -205,7 +191,7 @@ fn confirm_submitted<'a>(shared: &Shared, submitted: impl Iterator<Item = (u64, 
     }
 }
 
-fn request(ticket: &Ticket, number: u64, resume: Vec<u32>) -> Request {
+fn request(ticket: &Ticket, number: u64, resume: Resume) -> Request {
     let options = &ticket.job.options;
     let sampling = Sampling {
         temperature: options.temperature.unwrap_or(DEFAULT_TEMPERATURE) as f32,

@@ -244,7 +244,7 @@ fn reopened(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
         let Some(attempt) = table.get(number) else { continue };
         match answer {
             Opened::Superseded { epoch } => superseded.push((number, epoch)),
-            Opened::Started { frames, cancelled, .. } => {
+            Opened::Started { frames, cancelled } => {
                 attempt.resync(&Replay::of(frames));
                 if cancelled {
                     cancel(attempt, number);

@@ -275,34 +275,6 @@ async fn a_suspect_that_only_has_to_be_ended_waits_for_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_text_that_other_weights_began_is_not_continued() {
-    for (revision, is_other) in [("echo-0", true), ("", false)] {
-        let fleet = Fleet::new().await;
-        let first = fleet.worker(5).await;
-        let order = Order::once("one two three", 60);
-        let mut reader = fleet.ask(&order).await;
-        reader.tokens(order.key(), 5).await;
-        first.abort().await;
-        let before = LogHeader { revision: revision.into(), ..header(2, "w-dead") };
-        let opening = Opening { header: before, ..opening(order.key(), 2, "w-dead") };
-        fleet.bus.open(&[opening]).await.unwrap();
-
-        let second = fleet.worker(0).await;
-        let (text, last) = reader.end(order.key()).await;
-        let (_, outcome) = fleet.outcome(order.key()).await;
-        assert_eq!((&outcome.text, outcome.success), (&text, !is_other));
-        if is_other {
-            assert!(order.text().starts_with(&text) && last.tokens == 0, "{last:?}");
-            assert_eq!(outcome.error.unwrap().code, code::MODEL_UNAVAILABLE);
-        } else {
-            assert_eq!(text, order.text());
-        }
-        assert_eq!(fleet.bills().await, 1);
-        fleet.all_acknowledged(vec![second]).await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_text_that_was_whole_is_only_committed() {
     let fleet = Fleet::new().await;
     let order = Order::once("one two", 2);

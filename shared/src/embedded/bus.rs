@@ -115,14 +115,14 @@ impl State {
         match self.log(opening.key) {
             Some(log) if log.is_newer_than(&opening.header) => Opened::Superseded { epoch: log.header.epoch },
             Some(log) => {
-                let last = std::mem::replace(&mut log.header, opening.header.clone());
+                log.header = opening.header.clone();
                 log.expires = expires;
-                Opened::Started { frames: parse(&log.records), revision: last.revision, cancelled }
+                Opened::Started { frames: parse(&log.records), cancelled }
             }
             None => {
                 let log = Log { header: opening.header.clone(), records: Vec::new(), expires };
                 self.logs.insert(opening.key, log);
-                Opened::Started { frames: Vec::new(), revision: String::new(), cancelled }
+                Opened::Started { frames: Vec::new(), cancelled }
             }
         }
     }

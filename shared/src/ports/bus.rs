@@ -58,8 +58,6 @@ pub enum Opened {
     Started {
         /// Records so far.
         frames: Vec<Frame>,
-        /// Weights revision of the attempt that held it last; empty if there was none.
-        revision: String,
         /// The job has been cancelled.
         cancelled: bool,
     },

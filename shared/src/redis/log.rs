@@ -20,9 +20,6 @@ pub(super) fn millis(life: Duration) -> String {
     life.as_millis().max(1).to_string()
 }
 
-/// What `open.lua` says of one attempt.
-type OpenAnswer = (u64, bool, Vec<u8>, Vec<Vec<u8>>);
-
 /// [`crate::ports::Bus::open`].
 pub(super) async fn open(link: &Link, names: &Names, openings: &[Opening]) -> PortResult<Vec<Opened>> {
     if openings.is_empty() {
@@ -36,9 +33,9 @@ pub(super) async fn open(link: &Link, names: &Names, openings: &[Opening]) -> Po
         .collect();
     let mut call = Call::new(&OPEN);
     call.keys(keys.iter().flatten()).args(args.iter().flatten());
-    let answers: Vec<OpenAnswer> = link.call(&call).await?;
-    let opened = |(held_by, cancelled, header, records): OpenAnswer| match held_by {
-        0 => Opened::Started { frames: parse_records(&records), revision: revision_in(&header), cancelled },
+    let answers: Vec<(u64, bool, Vec<Vec<u8>>)> = link.call(&call).await?;
+    let opened = |(held_by, cancelled, records): (u64, bool, Vec<Vec<u8>>)| match held_by {
+        0 => Opened::Started { frames: parse_records(&records), cancelled },
         epoch => Opened::Superseded { epoch },
     };
     Ok(answers.into_iter().map(opened).collect())
@@ -112,11 +109,6 @@ pub(super) async fn expire(link: &Link, names: &Names, keys: &[Uuid], life: Dura
 
 fn header_json(header: &LogHeader) -> String {
     serde_json::to_string(header).expect("a header has only strings and numbers")
-}
-
-/// The revision that a header names; empty where there is no header that can be read.
-fn revision_in(header: &[u8]) -> String {
-    serde_json::from_slice(header).map(|header: LogHeader| header.revision).unwrap_or_default()
 }
 
 fn parse_records(records: &[Vec<u8>]) -> Vec<Frame> {

@@ -134,7 +134,7 @@ impl Job {
 /// Opens one log; its records so far and whether the job is cancelled.
 pub async fn open(bus: &dyn Bus, job: &Job, epoch: u64) -> (Vec<Frame>, bool) {
     match open_as(bus, &job.opening(epoch)).await {
-        Opened::Started { frames, cancelled, .. } => (frames, cancelled),
+        Opened::Started { frames, cancelled } => (frames, cancelled),
         superseded => panic!("{superseded:?}"),
     }
 }

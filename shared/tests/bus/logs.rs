@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use stoker_shared::frame::Frame;
 use stoker_shared::outcome::{FinishReason, Usage};
-use stoker_shared::ports::{Append, Appended, LogHeader, Notice, Opened, Opening, ReplayLog};
+use stoker_shared::ports::{Append, Appended, Notice, Opened, Opening, ReplayLog};
 use uuid::Uuid;
 
 use crate::fixture::{Fixture, Job, eventually, next_frames, open, open_as};
@@ -37,15 +37,6 @@ pub async fn a_successor_takes_over_with_all_records(f: Arc<Fixture>) {
     let log = f.bus.read_log(job.key).await.unwrap().unwrap();
     assert_eq!(log.header, job.header(10, "w-10"));
     assert_eq!(log.frames.len(), 2);
-}
-
-pub async fn a_successor_learns_which_weights_wrote_before_it(f: Arc<Fixture>) {
-    let job = Job::new();
-    for (epoch, revision, before) in [(1, "a", ""), (2, "b", "a"), (5, "c", "b")] {
-        let header = LogHeader { revision: revision.into(), ..job.header(epoch, "w-1") };
-        let opened = open_as(&*f.bus, &Opening { header, ..job.opening(epoch) }).await;
-        assert_eq!(opened, Opened::Started { frames: vec![], revision: before.into(), cancelled: false });
-    }
 }
 
 pub async fn an_older_attempt_is_refused(f: Arc<Fixture>) {
@@ -142,14 +133,10 @@ pub async fn a_batch_is_answered_in_order(f: Arc<Fixture>) {
     let openings: Vec<Opening> = jobs.iter().map(|job| job.opening(2)).collect();
     let opened = f.other.open(&openings).await.unwrap();
     let expected = jobs.iter().enumerate().map(|(i, job)| match i % 4 {
-        0 => Opened::Started { frames: vec![], revision: String::new(), cancelled: false },
+        0 => Opened::Started { frames: vec![], cancelled: false },
         1 => Opened::Superseded { epoch: 9 },
-        2 => Opened::Started { frames: vec![], revision: String::new(), cancelled: true },
-        _ => Opened::Started {
-            frames: vec![job.frame(1, i as u32)],
-            revision: job.header(1, "").revision,
-            cancelled: false,
-        },
+        2 => Opened::Started { frames: vec![], cancelled: true },
+        _ => Opened::Started { frames: vec![job.frame(1, i as u32)], cancelled: false },
     });
     assert_eq!(opened, expected.collect::<Vec<_>>());
 }

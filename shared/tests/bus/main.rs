@@ -41,7 +41,6 @@ macro_rules! on_both {
 on_both!(
     logs::a_log_keeps_its_records,
     logs::a_successor_takes_over_with_all_records,
-    logs::a_successor_learns_which_weights_wrote_before_it,
     logs::an_older_attempt_is_refused,
     logs::of_two_attempts_with_one_epoch_the_first_holds,
     logs::without_a_log_nothing_is_recorded_or_published,

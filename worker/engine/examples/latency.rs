@@ -50,7 +50,7 @@ fn request(id: u64, prompt: Prompt, max_tokens: u32) -> Request {
         max_tokens: Some(max_tokens),
         stop: Vec::new(),
         constraint: None,
-        resume: Vec::new(),
+        resume: Resume::default(),
         priority: Priority::Interactive,
         deadline: None,
         user: id,

@@ -84,6 +84,15 @@ pub enum Constraint {
     Lark(String),
 }
 
+/// What an earlier attempt generated.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resume {
+    /// Token ids, in order.
+    pub tokens: Vec<u32>,
+    /// The text that was released for them, or the beginning of it: a model that reads the tokens otherwise refuses to go on.
+    pub text: String,
+}
+
 /// One generation.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -93,16 +102,16 @@ pub struct Request {
     pub prompt: Prompt,
     /// How to choose tokens.
     pub sampling: Sampling,
-    /// At most so many new tokens, those in `resume` included; `None`: what the context has left.
+    /// At most so many new tokens, those of `resume` included; `None`: what the context has left.
     pub max_tokens: Option<u32>,
     /// Text at which generation ends; not part of the output. May span token borders.
     pub stop: Vec<String>,
     /// What the text must be. The end-of-generation token is allowed where it is that, and nowhere else.
     pub constraint: Option<Constraint>,
-    /// Tokens that an earlier attempt generated. They are put after the prompt, run through detokenizer and stop
+    /// What an earlier attempt generated. The tokens are put after the prompt, run through detokenizer and stop
     /// matcher without being emitted again, and generation goes on at the next position with the random numbers
     /// it would have had. Text released for a prefix of tokens depends on that prefix alone.
-    pub resume: Vec<u32>,
+    pub resume: Resume,
     /// Who goes first.
     pub priority: Priority,
     /// After this moment the request ends with [`FinishReason::Deadline`].
@@ -152,7 +161,7 @@ pub enum RequestErrorKind {
 pub struct Usage {
     /// Tokens of the prompt, template included.
     pub prompt_tokens: u32,
-    /// New tokens, those in `resume` included, the end-of-generation token (if one was sampled) too.
+    /// New tokens, those of `resume` included, the end-of-generation token (if one was sampled) too.
     pub completion_tokens: u32,
     /// Of `prompt_tokens`, those whose keys and values were found in the cache.
     pub cached_prompt_tokens: u32,

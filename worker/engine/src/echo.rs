@@ -273,7 +273,7 @@ impl Sequence {
             stop: StopMatcher::new(&request.stop),
             deadline: request.deadline,
         };
-        for _ in &request.resume {
+        for _ in &request.resume.tokens {
             // What is released again here was emitted by the attempt that is resumed.
             sequence.next_word(&mut String::new());
         }
@@ -331,7 +331,7 @@ impl Sequence {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ChatMessage, Sampling};
+    use crate::{ChatMessage, Resume, Sampling};
     use std::sync::mpsc;
 
     fn start(delay: Duration, slots: u32) -> (Box<dyn Engine>, mpsc::Receiver<Vec<Event>>) {
@@ -348,7 +348,7 @@ mod tests {
             max_tokens: Some(max_tokens),
             stop: Vec::new(),
             constraint: None,
-            resume: Vec::new(),
+            resume: Resume::default(),
             priority: Priority::Interactive,
             deadline: None,
             user: 0,
@@ -405,13 +405,14 @@ mod tests {
         assert_eq!(text, "a b c ");
         for cut in 0..events.len() {
             let before = &events[..cut];
-            let resume: Vec<u32> = before.iter().flat_map(|e| e.tokens.clone()).collect();
-            let had: String = before.iter().map(|e| e.text.as_str()).collect();
-            let resumed = Request { id: SequenceId(1 + cut as u64), resume: resume.clone(), ..whole.clone() };
+            let had: Vec<u32> = before.iter().flat_map(|e| e.tokens.clone()).collect();
+            let said: String = before.iter().map(|e| e.text.as_str()).collect();
+            let resume = Resume { tokens: had.clone(), text: said.clone() };
+            let resumed = Request { id: SequenceId(1 + cut as u64), resume, ..whole.clone() };
             engine.submit(resumed);
             let (rest, new, finish) = collect(&from, 1 + cut as u64);
-            assert_eq!(had + &rest, text);
-            assert_eq!([resume, new].concat(), tokens);
+            assert_eq!(said + &rest, text);
+            assert_eq!([had, new].concat(), tokens);
             assert_eq!(finish.reason, FinishReason::Stop);
             assert_eq!(finish.usage.completion_tokens, tokens.len() as u32);
         }

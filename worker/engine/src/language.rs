@@ -5,7 +5,10 @@ use std::sync::OnceLock;
 
 use crate::guide::Grammars;
 use crate::sequence::Sequence;
-use crate::{ChatMessage, ChatTemplate, Prompt, Request, RequestError, RequestErrorKind, Tokenizer};
+use crate::{
+    ChatMessage, ChatTemplate, Detokenizer, Prompt, Request, RequestError, RequestErrorKind, Resume,
+    Tokenizer,
+};
 
 /// What turns a request into tokens, and tokens into text.
 pub(crate) struct Language {
@@ -27,12 +30,13 @@ impl Language {
 
     /// Makes a sequence of a request, in a context of `context` tokens.
     pub fn prepare(&self, request: Request, context: usize) -> Result<Sequence, RequestError> {
-        if let Some(id) = request.resume.iter().find(|id| **id as usize >= self.vocabulary) {
-            let message = format!(
-                "token {id} of the earlier attempt is none of this model's {}: it was made by another model",
-                self.vocabulary
-            );
-            return Err(RequestError { kind: RequestErrorKind::Invalid, message });
+        if !self.reads(&request.resume) {
+            return Err(RequestError {
+                kind: RequestErrorKind::Internal,
+                message:
+                    "the text was begun by another model of this name, which has other tokens; send it again"
+                        .into(),
+            });
         }
         let prompt = match &request.prompt {
             Prompt::Text(text) => self.encode(std::iter::once((text.as_str(), false)), context),
@@ -50,6 +54,14 @@ impl Language {
         let grammars = || self.grammars.get_or_init(|| Grammars::new(&self.tokenizer));
         let guide = request.constraint.as_ref().map(|constraint| grammars().guide(constraint)).transpose()?;
         Ok(Sequence::new(request, prompt, guide, &self.tokenizer, context))
+    }
+
+    /// Whether tokens of an earlier attempt mean here what was read from them there: the model may have been replaced.
+    fn reads(&self, resume: &Resume) -> bool {
+        let mut detokenizer = Detokenizer::new();
+        let text: String =
+            resume.tokens.iter().map(|id| detokenizer.push(self.tokenizer.token_bytes(*id))).collect();
+        resume.tokens.iter().all(|id| (*id as usize) < self.vocabulary) && text.starts_with(&resume.text)
     }
 
     /// Control tokens count as such only in what the template wrote: those that a message spells out are plain text.
@@ -152,7 +164,7 @@ pub(crate) mod tests {
             max_tokens: None,
             stop: Vec::new(),
             constraint: None,
-            resume: Vec::new(),
+            resume: Resume::default(),
             priority: Default::default(),
             deadline: None,
             user: 0,
@@ -207,12 +219,22 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn resumed_tokens_must_be_the_models() {
+    fn what_is_resumed_must_mean_the_same_here() {
         let language = smollm2();
-        let resumed = |resume| Request { resume, ..request(Prompt::Text("a".into())) };
-        assert!(language.prepare(resumed(vec![49151]), 1000).is_ok());
-        let Err(error) = language.prepare(resumed(vec![1, 49152]), 1000) else { panic!() };
-        assert_eq!(error.kind, RequestErrorKind::Invalid);
-        assert!(error.message.starts_with("token 49152 "), "{error}");
+        let resumed = |tokens: &[u32], text: &str| {
+            let resume = Resume { tokens: tokens.to_vec(), text: text.into() };
+            let prepared = language.prepare(Request { resume, ..request(Prompt::Text("a".into())) }, 1000);
+            prepared.map(drop).map_err(|error| error.kind)
+        };
+        let hello = language.tokenizer.encode("Hello, world €", false, false);
+        for beginning in ["", "Hello", "Hello, world €"] {
+            assert_eq!(resumed(&hello, beginning), Ok(()));
+        }
+        assert_eq!(resumed(&[49151], ""), Ok(()));
+        for (tokens, text) in
+            [(&hello[..], "Hello, earth"), (&hello[..1], "Hello, world €"), (&[1, 49152], "")]
+        {
+            assert_eq!(resumed(tokens, text), Err(RequestErrorKind::Internal), "{text}");
+        }
     }
 }

@@ -118,7 +118,7 @@ impl Sequence {
             restarted: false,
             drafter: Drafter::default(),
         };
-        sequence.resume(&request.resume, tokenizer);
+        sequence.resume(&request.resume.tokens, tokenizer);
         sequence
     }
 

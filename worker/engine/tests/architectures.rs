@@ -49,7 +49,7 @@ fn request(id: u64, reference: &Reference, prompt: &str) -> Request {
         max_tokens: Some(reference.tokens.len() as u32),
         stop: Vec::new(),
         constraint: None,
-        resume: Vec::new(),
+        resume: Resume::default(),
         priority: Priority::Interactive,
         user: 0,
         deadline: None,

@@ -21,7 +21,7 @@ fn requests() -> Vec<Request> {
         max_tokens: Some(40),
         stop: Vec::new(),
         constraint: None,
-        resume: Vec::new(),
+        resume: Resume::default(),
         priority: if id == 3 { Priority::Batch } else { Priority::Interactive },
         deadline: None,
         user: 0,
@@ -97,7 +97,7 @@ fn a_resumed_request_goes_on_as_if_never_interrupted() {
     for request in requests() {
         let whole = listener.run_one(request.clone());
         for cut in [1, 7, whole.tokens.len() - 1] {
-            let resume = whole.tokens[..cut].to_vec();
+            let resume = Resume { tokens: whole.tokens[..cut].to_vec(), text: String::new() };
             let rest = listener.run_one(Request { resume, ..request.clone() });
             assert_eq!(rest.tokens, whole.tokens[cut..]);
             assert!(whole.text.ends_with(&rest.text));

@@ -35,7 +35,7 @@ fn request(id: u64, question: &str, constraint: Option<Constraint>) -> Request {
         max_tokens: Some(150),
         stop: Vec::new(),
         constraint,
-        resume: Vec::new(),
+        resume: Resume::default(),
         priority: Priority::Interactive,
         deadline: None,
         user: 0,
@@ -186,7 +186,7 @@ fn resumed_at_any_token_a_text_goes_on_as_if_never_interrupted() {
         let cuts: Vec<_> = (1..whole.tokens.len()).collect();
         let resumed = |&cut: &usize| Request {
             id: SequenceId(cut as u64),
-            resume: whole.tokens[..cut].to_vec(),
+            resume: Resume { tokens: whole.tokens[..cut].to_vec(), text: String::new() },
             ..request.clone()
         };
         for (cut, rest) in cuts.iter().zip(listener.run(cuts.iter().map(resumed).collect())) {
@@ -194,7 +194,8 @@ fn resumed_at_any_token_a_text_goes_on_as_if_never_interrupted() {
             assert!(whole.text.ends_with(&rest.text));
             assert_eq!(reason(&rest), reason(&whole));
         }
-        let done = Request { resume: whole.tokens.clone(), ..request };
+        let done =
+            Request { resume: Resume { tokens: whole.tokens.clone(), text: whole.text.clone() }, ..request };
         assert_eq!((listener.run_one(done).tokens.len(), reason(&whole)), (0, &FinishReason::Stop));
     }
 }

@@ -18,8 +18,8 @@ use crate::model::Cost;
 use crate::sequence::Sequence;
 use crate::weights::{Checkpoint, DType, Shape};
 use crate::{
-    BackendKind, Engine, Event, LoadError, LoadOptions, ModelInfo, Priority, Prompt, Request, Sampling,
-    SequenceId, setup,
+    BackendKind, Engine, Event, LoadError, LoadOptions, ModelInfo, Priority, Prompt, Request, Resume,
+    Sampling, SequenceId, setup,
 };
 
 /// What to measure.
@@ -187,7 +187,7 @@ impl Bench {
             max_tokens: Some(tokens as u32),
             stop: Vec::new(),
             constraint: None,
-            resume: Vec::new(),
+            resume: Resume::default(),
             priority: Priority::Interactive,
             deadline: None,
             user: 0,

@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
-use crate::{Constraint, Priority, Prompt, Sampling};
+use crate::{Constraint, Priority, Prompt, Resume, Sampling};
 
 const VOCABULARY: usize = 128;
 const CONTEXT: usize = 200;
@@ -170,7 +170,7 @@ fn request(id: u64, prompt: &str) -> Request {
         max_tokens: Some(20),
         stop: Vec::new(),
         constraint: None,
-        resume: Vec::new(),
+        resume: Resume::default(),
         priority: Priority::Interactive,
         deadline: None,
         user: 0,
@@ -245,13 +245,13 @@ fn a_resumed_request_goes_on_where_it_was() {
         let whole = alone(&request);
         let cut = random.random_range(0..whole.tokens.len());
         let mut resumed = request.clone();
-        resumed.resume = whole.tokens[..cut].to_vec();
+        let released = released_for(&request, &whole.tokens[..cut]);
+        resumed.resume = Resume { tokens: whole.tokens[..cut].to_vec(), text: released.clone() };
         let rest = alone(&resumed);
         assert_eq!(rest.tokens, whole.tokens[cut..], "{request:?}");
         assert_eq!(reason(&rest), reason(&whole));
         let usage = |heard: &Heard| heard.finish.as_ref().map(|finish| finish.usage.completion_tokens);
         assert_eq!(usage(&rest), usage(&whole));
-        let released = released_for(&request, &whole.tokens[..cut]);
         assert_eq!(released + &rest.text, whole.text, "{request:?}");
     }
 }

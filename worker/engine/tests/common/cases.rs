@@ -58,7 +58,7 @@ impl Case {
             max_tokens: Some(64),
             stop: Vec::new(),
             constraint: None,
-            resume: Vec::new(),
+            resume: Resume::default(),
             priority: Priority::Interactive,
             deadline: None,
             user: 0,

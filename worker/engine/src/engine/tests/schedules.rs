@@ -43,10 +43,9 @@ fn any_attempt(random: &mut StdRng, id: u64) -> (Request, Heard) {
     let mut expected = alone(&request);
     if random.random_bool(0.2) {
         let cut = random.random_range(0..expected.tokens.len());
-        request.resume = expected.tokens[..cut].to_vec();
-        let released = released_for(&request, &request.resume);
-        expected.tokens.drain(..cut);
+        let released = released_for(&request, &expected.tokens[..cut]);
         expected.text.drain(..released.len());
+        request.resume = Resume { tokens: expected.tokens.drain(..cut).collect(), text: released };
     }
     (request, expected)
 }
@@ -83,7 +82,7 @@ fn play(seed: u64, seen: &Seen) {
         let heard = ears.of(request.id.0);
         let usage = heard.finish.as_ref().map(|finish| finish.usage).unwrap();
         seen.cached.fetch_add(usage.cached_prompt_tokens as usize, Relaxed);
-        seen.resumed.fetch_add((!request.resume.is_empty()).into(), Relaxed);
+        seen.resumed.fetch_add((!request.resume.tokens.is_empty()).into(), Relaxed);
         let early = matches!(reason(&heard), FinishReason::Cancelled | FinishReason::Deadline);
         if early && cut.contains(&request.id.0) {
             seen.cut.fetch_add(1, Relaxed);
