@@ -219,8 +219,8 @@ fn claim(id: &str, worker: &str) -> Claim {
     }
 }
 
-#[tokio::test]
-async fn what_the_broker_never_got_is_published_again() {
+/// A fleet whose broker is down, and the id of a job that it accepted all the same.
+async fn accepted_without_a_broker() -> (Fleet, TestWorker, Arc<FaultyQueue>, String) {
     let mut ports = ports().await;
     let queue = FaultyQueue::new(ports.queue.clone());
     ports.queue = queue.clone();
@@ -230,21 +230,21 @@ async fn what_the_broker_never_got_is_published_again() {
     let (status, reply) = json(fleet.post("/v1/jobs", json!({ "prompt": "a" })).await).await;
     assert_eq!((status, &reply["status"]), (202, &json!("waiting")), "the ledger has it: {reply}");
     assert_eq!(worker.started(), 0);
+    (fleet, worker, queue, reply["id"].as_str().unwrap().to_owned())
+}
+
+#[tokio::test]
+async fn what_the_broker_never_got_is_published_again() {
+    let (fleet, worker, queue, id) = accepted_without_a_broker().await;
     queue.set(Confirms::Prompt);
-    assert_eq!(done(&fleet, reply["id"].as_str().unwrap()).await["success"], true);
+    assert_eq!(done(&fleet, &id).await["success"], true);
     assert_eq!(worker.started(), 1);
 }
 
 #[tokio::test]
 async fn what_a_coordinator_claimed_and_died_of_is_published_too() {
-    let mut ports = ports().await;
-    let queue = FaultyQueue::new(ports.queue.clone());
-    ports.queue = queue.clone();
-    let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
-    let fleet = Fleet::on(ports, config()).await;
-    queue.set(Confirms::Down);
-    let (_, reply) = json(fleet.post("/v1/jobs", json!({ "prompt": "a" })).await).await;
-    let claim = Claim { delivered: false, ..claim(reply["id"].as_str().unwrap(), "c-dead") };
+    let (fleet, worker, queue, id) = accepted_without_a_broker().await;
+    let claim = Claim { delivered: false, ..claim(&id, "c-dead") };
     fleet.ports.ledger.claim(&claim).await.unwrap();
     queue.set(Confirms::Prompt);
     eventually("a worker gets it", || async { worker.started() == 1 }).await;

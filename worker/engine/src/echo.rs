@@ -61,7 +61,7 @@ struct Echo {
 }
 
 enum Command {
-    Submit(Request),
+    Submit(Box<Request>),
     Cancel(SequenceId),
 }
 
@@ -80,7 +80,7 @@ impl Engine for Echo {
 
     // A send fails only if the thread died; its sink is gone then, by which its owner knows.
     fn submit(&self, request: Request) {
-        let _ = self.commands.send(Command::Submit(request));
+        let _ = self.commands.send(Command::Submit(Box::new(request)));
     }
 
     fn cancel(&self, id: SequenceId) {
@@ -159,7 +159,9 @@ impl Runner {
                 }
             };
             match command {
-                Ok(Command::Submit(r)) => self.waiting[(r.priority == Priority::Batch) as usize].push_back(r),
+                Ok(Command::Submit(r)) => {
+                    self.waiting[(r.priority == Priority::Batch) as usize].push_back(*r)
+                }
                 Ok(Command::Cancel(id)) => self.cancel(id),
                 Err(()) => return false,
             }
