@@ -23,12 +23,10 @@ const PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_SWEEP: Duration = Duration::from_secs(5);
 /// A job waits so long for its confirm before it is published again, milliseconds.
 const OLDER_THAN_MS: u64 = 10_000;
-/// Jobs that are read at once.
-const BATCH: u32 = 500;
+/// Jobs that are read at once: few, because another coordinator may be publishing them meanwhile.
+const BATCH: u32 = 50;
 /// Sweeps between two purges.
 const PURGE_EVERY: u32 = 30;
-/// After so many failures that are no queue's own, a sweep ends: the broker is away.
-const FAILURES: u32 = 10;
 /// The broker has so long for each.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(5);
 /// A worker may say so much later than the deadline itself that it has passed.
@@ -59,9 +57,8 @@ pub async fn run(dispatch: Arc<Dispatch>) {
 /// Publishes what the queue never confirmed, from behind `place` on; where the next sweep goes on, `None` for the beginning.
 async fn sweep(dispatch: &Arc<Dispatch>, mut place: Option<Uuid>) -> Option<Uuid> {
     let started = Instant::now();
-    // A queue that takes nothing now is not asked for each of its jobs.
-    let mut closed = HashSet::new();
-    let mut failures = 0;
+    // Queues that took nothing: they are not asked for each of their jobs.
+    let mut closed: HashSet<(String, Lane)> = HashSet::new();
     while started.elapsed() < LONGEST_SWEEP {
         let waiting = match dispatch.ports.ledger.unpublished(OLDER_THAN_MS, place, BATCH).await {
             Ok(waiting) => waiting,
@@ -71,21 +68,27 @@ async fn sweep(dispatch: &Arc<Dispatch>, mut place: Option<Uuid>) -> Option<Uuid
             }
         };
         place = waiting.last().map(|job| job.key);
-        for job in waiting {
-            let key = job.key;
-            match publish(dispatch, job, &mut closed).await {
-                Ok(true) => {
+        for stored in waiting {
+            let Some(restored) = readable(stored) else { continue };
+            let queue = (restored.job.model_name().unwrap_or_default().to_owned(), restored.job.lane);
+            if closed.contains(&queue) {
+                continue;
+            }
+            let key = restored.envelope.key;
+            match publish(dispatch, restored).await {
+                Ok(()) => {
                     tracing::info!(job = %key, "published again");
                     dispatch.confirm(key);
                 }
-                Ok(false) => {}
                 Err(e) => {
-                    tracing::warn!(job = %key, "still not on its queue: {e}");
-                    failures += 1;
-                    if failures == FAILURES {
-                        return None;
+                    if !matches!(e, PublishError::Full) {
+                        tracing::warn!(job = %key, "still not on its queue: {e}");
                     }
+                    closed.insert(queue);
                 }
+            }
+            if started.elapsed() > LONGEST_SWEEP {
+                break;
             }
         }
         place?;
@@ -93,28 +96,17 @@ async fn sweep(dispatch: &Arc<Dispatch>, mut place: Option<Uuid>) -> Option<Uuid
     place
 }
 
-/// Publishes a job, unless its queue is among the closed ones; whether it did.
-async fn publish(
-    dispatch: &Dispatch,
-    stored: StoredJob,
-    closed: &mut HashSet<(String, Lane)>,
-) -> Result<bool, String> {
-    let Restored { job, message, .. } = restore(stored)?;
-    let queue = (job.model_name().unwrap_or_default().to_owned(), job.lane);
-    if closed.contains(&queue) {
-        return Ok(false);
-    }
+/// A stored job, if it is whole.
+fn readable(stored: StoredJob) -> Option<Restored> {
+    let key = stored.key;
+    restore(stored).inspect_err(|e| tracing::error!(job = %key, "an accepted job is lost: {e}")).ok()
+}
+
+async fn publish(dispatch: &Dispatch, restored: Restored) -> Result<(), PublishError> {
+    let Restored { job, message, .. } = restored;
     let routed = dispatch.router.route(job.model_name(), Patience::Queued).await;
-    let model = routed.map_err(|e| e.message)?;
-    match dispatch.publish(&model, job.lane, message, PUBLISH_LIMIT).await {
-        Ok(()) => Ok(true),
-        Err(PublishError::Full) => {
-            tracing::debug!(model = queue.0, "what waits for a full queue waits on");
-            closed.insert(queue);
-            Ok(false)
-        }
-        Err(e) => Err(e.to_string()),
-    }
+    let model = routed.map_err(|_| PublishError::Unroutable)?;
+    dispatch.publish(&model, job.lane, message, PUBLISH_LIMIT).await
 }
 
 /// Ends jobs whose time is up and that no worker has: nobody may ever come for them.
@@ -124,15 +116,8 @@ async fn end_overdue(dispatch: &Dispatch) {
         Ok(expiring) => expiring,
         Err(e) => return tracing::debug!("can't ask whose time is up: {e}"),
     };
-    for stored in expiring {
-        let key = stored.key;
-        let restored = match restore(stored) {
-            Ok(restored) => restored,
-            Err(e) => {
-                tracing::warn!(job = %key, "can't end a job whose time is up: {e}");
-                continue;
-            }
-        };
+    for restored in expiring.into_iter().filter_map(readable) {
+        let key = restored.envelope.key;
         if restored.job.deadline_at().is_none_or(|deadline| OffsetDateTime::now_utc() < deadline + GRACE) {
             continue;
         }

@@ -242,6 +242,26 @@ async fn what_the_broker_never_got_is_published_again() {
 }
 
 #[tokio::test]
+async fn what_waits_for_a_full_queue_holds_up_no_other_job() {
+    let mut ports = ports().await;
+    let queue = FaultyQueue::new(ports.queue.clone());
+    ports.queue = queue.clone();
+    let mut config = config();
+    config.coordinator.models = vec!["doomed".into()];
+    let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
+    let fleet = Fleet::on(ports, config).await;
+    queue.refuse("doomed");
+    for _ in 0..60 {
+        let body = json!({ "prompt": "a", "model": "doomed" });
+        assert_eq!(fleet.post("/v1/jobs", body).await.status(), 202);
+    }
+    queue.set(Confirms::Down);
+    assert_eq!(fleet.post("/v1/jobs", json!({ "prompt": "a", "model": MODEL })).await.status(), 202);
+    queue.set(Confirms::Prompt);
+    eventually("the other job runs", || async { worker.started() == 1 }).await;
+}
+
+#[tokio::test]
 async fn what_a_coordinator_claimed_and_died_of_is_published_too() {
     let (fleet, worker, queue, id) = accepted_without_a_broker().await;
     let claim = Claim { delivered: false, ..claim(&id, "c-dead") };
