@@ -15,10 +15,11 @@ use stoker_shared::job::Job;
 use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{
     Append, CacheRow, Claim, Claimed, Committed, DeadLetter, Destination, Ending, JobRow, JobState, Liveness,
-    LogHeader, Message, Opened, Opening, PortError, PortResult, Ports, RequestRow,
+    LogHeader, Message, Opened, Opening, PortError, PortResult, Ports, PublishError, RequestRow,
 };
 use time::OffsetDateTime;
 
+use crate::BACKOFF;
 use crate::dispatch::Dispatch;
 use crate::inbox::End;
 use crate::outcome::{Story, outcome};
@@ -27,6 +28,8 @@ use crate::stored::Restored;
 
 /// How long the log of a job that was ended here is kept, for readers that are behind.
 const LOG_TTL: Duration = Duration::from_secs(600);
+/// How often an outcome is sent again that the broker does not confirm.
+const UNCONFIRMED: u32 = 5;
 /// How often the claim is tried against others.
 const CLAIMS: usize = 5;
 
@@ -144,7 +147,8 @@ pub async fn give_up(dispatch: &Dispatch, restored: &Restored, error: JobError) 
     close(dispatch, closing).await
 }
 
-/// Sends an outcome to whoever asked for it, as best it can: the ledger has it.
+/// Sends an outcome to whoever asked for it, however long the broker takes nothing: the ledger has it, but services that enqueue
+/// can't ask for it.
 pub async fn announce(
     ports: &Ports,
     id: &str,
@@ -161,9 +165,24 @@ pub async fn announce(
             correlation_id: correlation_id.map(str::to_owned),
             ..Message::default()
         };
-        if let Err(e) = ports.queue.publish(&to, message).await {
-            tracing::warn!(job = id, "the outcome did not reach {to:?}: {e}");
+        send(ports, &to, message).await;
+    }
+}
+
+async fn send(ports: &Ports, to: &Destination, message: Message) {
+    let mut backoff = BACKOFF;
+    let mut unconfirmed = 0;
+    loop {
+        match ports.queue.publish(to, message.clone()).await {
+            Ok(()) => return,
+            Err(PublishError::Port(e)) if e.is_transient() => {
+                tracing::debug!(job = message.id, "the outcome did not reach {to:?} yet: {e}")
+            }
+            // The broker may close the channel over every message of its kind.
+            Err(PublishError::Unconfirmed) if unconfirmed < UNCONFIRMED => unconfirmed += 1,
+            Err(e) => return tracing::warn!(job = message.id, "the outcome did not reach {to:?}: {e}"),
         }
+        backoff.pause().await;
     }
 }
 
@@ -315,7 +334,12 @@ async fn speak(
         record: Bytes::from(serde_json::to_vec(&frame).unwrap_or_default()),
         opening: None,
     };
-    ports.bus.append(&[append]).await.map(drop)
+    let step = [append];
+    match ports.bus.append(&step).await {
+        // The first step over a new connection fails, whatever was lost before it. This log has just been opened.
+        Err(e) if e.is_transient() => ports.bus.append(&step).await.map(drop),
+        appended => appended.map(drop),
+    }
 }
 
 fn ending(dispatch: &Dispatch, closing: &Closing<'_>, attempt: &Attempt, text: String, end: &End) -> Ending {

@@ -182,10 +182,7 @@ impl Dispatch {
         match self.accept(&prepared, &message).await? {
             Accepted::New => {}
             Accepted::Same(row) => return Ok(Queued { id, state: row.state }),
-            Accepted::Taken => {
-                let message = format!("the id {id:?} belongs to a job with another body");
-                return Err(JobError::field(code::ID_TAKEN, "id", message));
-            }
+            Accepted::Taken => return Err(id_taken(&id)),
         }
         let key = prepared.envelope.key;
         if let Some((text, end)) = self.cached(&prepared).await {
@@ -244,6 +241,12 @@ impl Dispatch {
         }
         Ok(None)
     }
+}
+
+/// The error of a job whose id another one has.
+pub fn id_taken(id: &str) -> JobError {
+    let message = format!("the id {id:?} belongs to a job with another body");
+    JobError::field(code::ID_TAKEN, "id", message)
 }
 
 fn new_job(prepared: &Prepared, message: &Message, retention_s: u64) -> NewJob {

@@ -11,24 +11,26 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream;
 use serde_json::Value;
 use stoker_shared::job::{Job, MAX_ID_BYTES};
 use stoker_shared::outcome::{JobError, code};
-use stoker_shared::ports::{Accepted, Consumer, Delivery, Message, PublishError, Source};
+use stoker_shared::ports::{Accepted, Consumer, Delivery, JobRow, Message, PublishError, Source};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use crate::BACKOFF;
 use crate::admission::{Admission, Caller};
 use crate::closing::{self, Closed, Closing};
-use crate::dispatch::Dispatch;
+use crate::dispatch::{Dispatch, id_taken};
 use crate::inbox::{End, deadline_passed};
 use crate::letters;
 use crate::outcome::{Story, outcome};
 use crate::prepare::{Defaults, Intent, Prepared, Travel, prepare, remaining};
 use crate::routing::{Model, Patience};
+use crate::stored;
 
 /// Messages that are handled side by side, those that wait included.
 const HELD: u16 = 512;
@@ -80,7 +82,7 @@ async fn handle(dispatch: &Arc<Dispatch>, admission: &Admission, delivery: Deliv
         Err(error) => Err(error),
     };
     match admitted {
-        Ok(prepared) => pass_on(dispatch, message, prepared).await,
+        Ok(prepared) => pass_on(dispatch, message, &caller, prepared).await,
         // What was accepted once stays so, even if it would be refused now.
         Err(_) if answer_known(dispatch, message, &caller).await => {}
         Err(error) => refuse(dispatch, message, &caller, &error).await,
@@ -110,7 +112,8 @@ fn is_ours(queue: &str, prefix: &str) -> bool {
         || (!prefix.is_empty() && queue.starts_with(prefix))
 }
 
-/// Completes a job; waits for as long as the fleet has no model for it, until its deadline.
+/// Completes a job; waits for as long as nobody can say whether its model exists, until its deadline. A job for any model that
+/// finds none gets one later.
 async fn admit(
     dispatch: &Arc<Dispatch>,
     message: &Message,
@@ -126,6 +129,9 @@ async fn admit(
         match dispatch.router.route(job.model_name(), Patience::Queued).await {
             Ok(model) => break model,
             Err(e) if e.code == code::MODEL_NOT_FOUND => return Err(e),
+            Err(e) if e.code == code::MODEL_UNAVAILABLE && job.model_name().is_none() => {
+                break Arc::new(Model::default());
+            }
             Err(_) if Instant::now() >= deadline => return Err(deadline_passed()),
             Err(e) => tracing::debug!(job = given, "a front-door job waits: {e}"),
         }
@@ -142,30 +148,32 @@ async fn admit(
     prepare(intent, model, travel, settings)
 }
 
-/// Answers a message whose job was accepted before: with its outcome if it has one, else that comes when it is done.
-/// Whether it was.
+/// Answers a message whose job was accepted before with its outcome, once there is one; whether it was.
 async fn answer_known(dispatch: &Dispatch, message: &Message, caller: &Caller) -> bool {
     let Ok(job) = read(dispatch, message) else { return false };
     let Some(id) = job.id.clone().or_else(|| fitting(&message.id)) else { return false };
     let mut backoff = BACKOFF;
-    let known = loop {
+    loop {
         match dispatch.known(&caller.tenant, &id, &job.body_hash()).await {
-            Ok(known) => break known,
+            Ok(Some(JobRow { outcome: Some(outcome), .. })) => {
+                answer(dispatch, message, &id, outcome).await;
+                return true;
+            }
+            Ok(Some(_)) => tracing::debug!(job = id, "a repeated message waits for the job's outcome"),
+            Ok(None) => return false,
             Err(e) => tracing::debug!(job = id, "can't ask yet whether a job is known: {e}"),
         }
         backoff.pause().await;
-    };
-    let Some(row) = known else { return false };
-    if let Some(outcome) = row.outcome {
-        let reply_to = message.reply_to.as_deref();
-        let correlation_id = message.correlation_id.as_deref();
-        closing::announce(&dispatch.ports, &id, outcome, true, reply_to, correlation_id).await;
     }
-    true
+}
+
+async fn answer(dispatch: &Dispatch, message: &Message, id: &str, outcome: Bytes) {
+    let (reply_to, correlation_id) = (message.reply_to.as_deref(), message.correlation_id.as_deref());
+    closing::announce(&dispatch.ports, id, outcome, true, reply_to, correlation_id).await;
 }
 
 /// Sees a job to its work queue or into the ledger, however long that takes; after its deadline, ends it instead.
-async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, prepared: Prepared) {
+async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, caller: &Caller, prepared: Prepared) {
     let reply_to = origin.reply_to.as_deref();
     let correlation_id = origin.correlation_id.as_deref();
     let Some(mut message) = prepared.message().ok() else { return };
@@ -181,19 +189,25 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, prepared: Prepared)
             Err(e) => tracing::debug!(job = job.id, "the cached answer can't be made final, so it runs: {e}"),
         }
     }
-    // Nobody may come for it before its deadline: then it has to be in the ledger.
-    let mut kept = !model.served && keep(dispatch, &prepared, &message).await;
+    let publish = async || {
+        let published = dispatch.publish(model, job.lane, message.clone(), PUBLISH_LIMIT).await;
+        published.inspect_err(|e| note(e, job, model)).is_ok()
+    };
     let mut backoff = BACKOFF;
     loop {
-        let error = match dispatch.publish(model, job.lane, message.clone(), PUBLISH_LIMIT).await {
-            Ok(()) if kept => return dispatch.confirm(envelope.key),
-            Ok(()) => return,
-            Err(e) => e,
-        };
-        note(&error, job, model);
-        kept = kept || keep(dispatch, &prepared, &message).await;
-        if kept {
+        if model.served && publish().await {
             return;
+        }
+        match keep(dispatch, caller, &prepared, &message).await {
+            Kept::Now => {
+                // Nobody may come for it before its deadline, so that it had to be in the ledger first.
+                if !model.served && !model.name.is_empty() && publish().await {
+                    dispatch.confirm(envelope.key);
+                }
+                return;
+            }
+            Kept::Before => return,
+            Kept::Not => {}
         }
         if Instant::now() >= *deadline {
             let end = End::failed(deadline_passed());
@@ -207,13 +221,36 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, prepared: Prepared)
     }
 }
 
-/// Leaves a job to the ledger, from where it is published again; false if it can't be, or is there already.
-async fn keep(dispatch: &Dispatch, prepared: &Prepared, message: &Message) -> bool {
+/// What came of leaving a job to the ledger.
+enum Kept {
+    /// It is there now, and published again from there.
+    Now,
+    /// It was there before, or its id is taken: nothing is left to do about the message.
+    Before,
+    /// It is not there; or it is, and somebody else waits for its outcome.
+    Not,
+}
+
+/// Leaves a job to the ledger.
+async fn keep(dispatch: &Dispatch, caller: &Caller, prepared: &Prepared, message: &Message) -> Kept {
     match dispatch.accept(prepared, message).await {
-        Ok(accepted) => accepted == Accepted::New,
+        Ok(Accepted::New) => Kept::Now,
+        Ok(Accepted::Same(row)) => match row.outcome {
+            Some(outcome) => {
+                answer(dispatch, message, &message.id, outcome).await;
+                Kept::Before
+            }
+            None if stored::have_same_addressee(&row.headers, message) => Kept::Before,
+            // A worker notes who else waits.
+            None => Kept::Not,
+        },
+        Ok(Accepted::Taken) => {
+            refuse(dispatch, message, caller, &id_taken(&message.id)).await;
+            Kept::Before
+        }
         Err(e) => {
             tracing::debug!(job = message.id, "the ledger can't take it now: {e}");
-            false
+            Kept::Not
         }
     }
 }

@@ -92,7 +92,7 @@ pub struct Prepared {
     traceparent: String,
 }
 
-/// Completes a job.
+/// Completes a job. A model without a name stands for one that is chosen later.
 ///
 /// # Errors
 /// `deadline_exceeded` or `invalid_request` for a deadline that has passed or is too far away; `invalid_request` for more
@@ -103,7 +103,7 @@ pub fn prepare(
     travel: Travel<'_>,
     settings: &config::Coordinator,
 ) -> Result<Prepared, JobError> {
-    let Intent { mut job, caller, defaults, accepted, traceparent } = intent;
+    let Intent { mut job, caller, defaults, traceparent, .. } = intent;
     if let Some(asked) = job.options.max_tokens
         && model.context > 0
         && asked > u64::from(model.context)
@@ -131,7 +131,7 @@ pub fn prepare(
     let may_join = deterministic && job.cache.is_none_or(|c| c == CachePolicy::Use);
 
     job.v = Some(stoker_shared::frame::VERSION);
-    job.model = Some(model.name.to_string());
+    job.model = Some(model.name.to_string()).filter(|name| !name.is_empty());
     job.options.model = None;
     job.options.max_tokens = job.options.max_tokens.or(defaults.max_tokens);
     job.options.temperature.get_or_insert(defaults.temperature);
@@ -165,7 +165,7 @@ pub fn prepare(
         model,
         cache: if identity.is_some() { cache } else { CachePolicy::Off },
         identity: identity.filter(|_| may_join).map(|identity| format!("{}:{identity}", job.lane.as_str())),
-        deadline: accepted + remaining,
+        deadline: Instant::now() + remaining,
         traceparent: traceparent.unwrap_or_else(|| made_traceparent(key)),
         job,
     })

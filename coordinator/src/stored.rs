@@ -6,6 +6,8 @@ use stoker_shared::ports::{Message, StoredJob};
 
 use serde_json::{Map, Value};
 
+/// The header by which an outcome goes to `llm.responses`.
+const FRONT_DOOR: &str = "x-stoker-front-door";
 /// Addresses among the headers. No header has these names: ours begin with `x-stoker-`, and others are not kept.
 const REPLY_TO: &str = "reply-to";
 const CORRELATION_ID: &str = "correlation-id";
@@ -20,6 +22,12 @@ pub fn headers(message: &Message) -> Value {
         }
     }
     Value::Object(kept)
+}
+
+/// Whether what is kept of an earlier message has its outcome sent where this one's is to go.
+pub fn have_same_addressee(kept: &Value, message: &Message) -> bool {
+    let new = headers(message);
+    [REPLY_TO, CORRELATION_ID, FRONT_DOOR].into_iter().all(|name| kept.get(name) == new.get(name))
 }
 
 /// A stored job as it was before.
@@ -81,7 +89,15 @@ mod tests {
         };
         let stored = StoredJob { key: envelope.key, body: message.body.clone(), headers: headers(&message) };
         let restored = restore(stored.clone()).unwrap();
-        assert_eq!((restored.message, restored.envelope), (message, envelope));
+        assert_eq!((&restored.message, &restored.envelope), (&message, &envelope));
+        assert!(have_same_addressee(&stored.headers, &message));
+        for other in [
+            Message { reply_to: None, ..message.clone() },
+            Message { correlation_id: Some("d".into()), ..message.clone() },
+            Message { headers: Default::default(), ..message },
+        ] {
+            assert!(!have_same_addressee(&stored.headers, &other));
+        }
         assert!(restore(StoredJob { headers: Value::Null, ..stored }).is_err());
     }
 }

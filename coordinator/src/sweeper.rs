@@ -17,6 +17,8 @@ use crate::inbox::deadline_passed;
 use crate::routing::Patience;
 use crate::stored::{Restored, restore};
 
+/// Overdue jobs that are ended in one sweep.
+const OVERDUE: u32 = 500;
 /// Between two sweeps.
 const PAUSE: Duration = Duration::from_secs(2);
 /// A sweep that has taken so long is continued by the next one.
@@ -67,8 +69,14 @@ async fn sweep(dispatch: &Arc<Dispatch>, mut place: Option<Uuid>) -> Option<Uuid
                 return place;
             }
         };
-        place = waiting.last().map(|job| job.key);
+        if waiting.is_empty() {
+            return None;
+        }
         for stored in waiting {
+            if started.elapsed() > LONGEST_SWEEP {
+                return place;
+            }
+            place = Some(stored.key);
             let Some(restored) = readable(stored) else { continue };
             let queue = (restored.job.model_name().unwrap_or_default().to_owned(), restored.job.lane);
             if closed.contains(&queue) {
@@ -87,11 +95,7 @@ async fn sweep(dispatch: &Arc<Dispatch>, mut place: Option<Uuid>) -> Option<Uuid
                     closed.insert(queue);
                 }
             }
-            if started.elapsed() > LONGEST_SWEEP {
-                break;
-            }
         }
-        place?;
     }
     place
 }
@@ -103,16 +107,20 @@ fn readable(stored: StoredJob) -> Option<Restored> {
 }
 
 async fn publish(dispatch: &Dispatch, restored: Restored) -> Result<(), PublishError> {
-    let Restored { job, message, .. } = restored;
+    let Restored { mut job, mut message, .. } = restored;
     let routed = dispatch.router.route(job.model_name(), Patience::Queued).await;
     let model = routed.map_err(|_| PublishError::Unroutable)?;
+    if job.model_name().is_none() {
+        job.model = Some(model.name.to_string());
+        message.body = serde_json::to_vec(&job).unwrap_or_default().into();
+    }
     dispatch.publish(&model, job.lane, message, PUBLISH_LIMIT).await
 }
 
 /// Ends jobs whose time is up and that no worker has: nobody may ever come for them.
 async fn end_overdue(dispatch: &Dispatch) {
     let kept_s = dispatch.config.coordinator.job_retention_s;
-    let expiring = match dispatch.ports.ledger.expiring(kept_s, BATCH).await {
+    let expiring = match dispatch.ports.ledger.expiring(kept_s, OVERDUE).await {
         Ok(expiring) => expiring,
         Err(e) => return tracing::debug!("can't ask whose time is up: {e}"),
     };

@@ -35,6 +35,8 @@ pub(crate) struct Ended {
     pub end: End,
     /// Tokens that this attempt generated.
     pub generated: usize,
+    /// Earlier attempts have a part in the text.
+    pub is_resumed: bool,
     pub started: Instant,
     pub first_token: Option<Instant>,
     pub ended: Instant,
@@ -51,6 +53,7 @@ impl Ended {
             end: attempt.end.take()?,
             text: std::mem::take(&mut attempt.text),
             generated: attempt.ids.len() - attempt.resumed,
+            is_resumed: attempt.resumed > 0,
             started: attempt.started,
             first_token: attempt.first_token,
             ended: Instant::now(),

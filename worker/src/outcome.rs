@@ -116,13 +116,17 @@ pub(crate) fn ending(shared: &Shared, ended: &Ended, written: &Written) -> Endin
     }
 }
 
-/// The answer to keep, if the coordinator wants it kept and it was made by the weights that it asked for.
+/// The answer to keep, if the coordinator wants it kept, and all of it was made by the weights that it asked for. One that the
+/// context's end cut is not kept: another worker's may be longer.
 fn cache_row(shared: &Shared, ended: &Ended) -> Option<CacheRow> {
     let Ended { ticket, end, .. } = ended;
     let cache_key = ticket.envelope.cache_key.clone()?;
     let info = ticket.served.info();
     let is_ours = ticket.envelope.revision.as_ref().is_none_or(|revision| *revision == info.revision);
-    (is_ours && end.reason.is_success()).then(|| CacheRow {
+    let wanted = ticket.job.options.max_tokens.unwrap_or(u64::MAX);
+    let is_cut = end.reason == FinishReason::Length && u64::from(end.usage.completion_tokens) < wanted;
+    let is_pure = is_ours && !ended.is_resumed;
+    (is_pure && !is_cut && end.reason.is_success()).then(|| CacheRow {
         cache_key,
         prompt_hash: ticket.job.prompt_hash(),
         response: ended.text.clone(),

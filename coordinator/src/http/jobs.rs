@@ -133,7 +133,15 @@ async fn ended_here(app: &App, row: &JobRow) -> bool {
     let stored = StoredJob { key: row.key, body, headers: row.headers.clone() };
     let cancelled = JobError::new(code::CANCELLED, "the job was cancelled before it began");
     let closed = match stored::restore(stored) {
-        Ok(restored) => closing::give_up(&app.dispatch, &restored, cancelled).await,
+        Ok(restored) => {
+            // To its end, even if the client does not wait for it.
+            let dispatch = app.dispatch.clone();
+            let closing = async move { closing::give_up(&dispatch, &restored, cancelled).await };
+            match tokio::spawn(closing).await {
+                Ok(closed) => closed,
+                Err(_) => return false,
+            }
+        }
         Err(e) => {
             tracing::warn!(job = %row.key, "a waiting job is no longer whole: {e}");
             return false;

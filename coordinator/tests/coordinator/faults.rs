@@ -22,6 +22,8 @@ pub enum Confirms {
     Lost,
     /// The broker can't be reached.
     Down,
+    /// It has an alarm: whatever is published waits.
+    Alarm,
 }
 
 /// A queue with confirms that can be interfered with.
@@ -59,6 +61,9 @@ impl Queue for FaultyQueue {
     }
 
     async fn publish(&self, to: &Destination, message: Message) -> Result<(), PublishError> {
+        if *self.mode.borrow() == Confirms::Alarm {
+            return Err(down::<()>("RabbitMQ").unwrap_err().into());
+        }
         let Destination::Work { model, .. } = to else { return self.inner.publish(to, message).await };
         if self.full.lock().unwrap().as_ref() == Some(model) {
             return Err(PublishError::Full);
@@ -80,7 +85,7 @@ impl Queue for FaultyQueue {
                 tokio::time::sleep(Duration::from_millis(300)).await;
                 Err(PublishError::Unconfirmed)
             }
-            Confirms::Down => Err(down::<()>("RabbitMQ").unwrap_err().into()),
+            Confirms::Down | Confirms::Alarm => Err(down::<()>("RabbitMQ").unwrap_err().into()),
         }
     }
 

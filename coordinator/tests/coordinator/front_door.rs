@@ -9,9 +9,12 @@ use serde_json::{Value, json};
 use stoker_shared::envelope::{Envelope, key_of};
 use stoker_shared::job::{Job, Lane};
 use stoker_shared::outcome::Outcome;
-use stoker_shared::ports::{Destination, Liveness, LogHeader, Message, Notice, Opening, Ports, Source};
+use stoker_shared::ports::{
+    Destination, JobState, Liveness, LogHeader, Message, Notice, Opening, Ports, ServedModel, Source,
+    WorkerPresence,
+};
 
-use crate::faults::{FaultyBus, FaultyQueue};
+use crate::faults::{Confirms, FaultyBus, FaultyQueue};
 use crate::fleet::{Fleet, MODEL, config, eventually, in_seconds, ports, take};
 use crate::worker::{TestWorker, echo};
 
@@ -180,26 +183,50 @@ async fn a_full_work_queue_holds_the_front_door_and_loses_nothing() {
 
 #[tokio::test]
 async fn a_job_that_nobody_comes_for_is_answered_at_its_deadline() {
-    let (fleet, _worker) = Fleet::echoing().await;
+    let mut ports = ports().await;
+    let queue = FaultyQueue::new(ports.queue.clone());
+    ports.queue = queue.clone();
+    let _worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
+    let fleet = Fleet::on(ports, config()).await;
     // The bus has forgotten the model, the broker has not.
     fleet.ports.queue.declare_work("gone").await.unwrap();
-    let body = json!({ "id": "g1", "prompt": "a", "model": "gone", "deadline": in_seconds(1) });
+    let body = json!({ "id": "g1", "prompt": "a", "model": "gone", "deadline": in_seconds(3) });
     put(&fleet.ports, body.to_string()).await;
+    let row = async || fleet.ports.ledger.find(key_of("default", "g1")).await.unwrap();
+    eventually("it is in the ledger", || async { row().await.is_some() }).await;
+    queue.set(Confirms::Alarm);
+    eventually("it is over", || async { row().await.unwrap().state == JobState::Done }).await;
+    assert_eq!(fleet.ports.queue.depth(&Source::Responses).await.unwrap(), Some(0));
+    queue.set(Confirms::Prompt);
     let outcome = outcome(&take(&fleet.ports, &Source::Responses).await);
     assert_eq!((outcome.id.as_str(), outcome.error.unwrap().code.as_str()), ("g1", "deadline_exceeded"));
-    let row = fleet.ports.ledger.find(key_of("default", "g1")).await.unwrap().unwrap();
-    assert_eq!(row.state, stoker_shared::ports::JobState::Done);
+}
+
+#[tokio::test]
+async fn a_job_for_any_model_gets_one_when_there_is_one() {
+    let ports = ports().await;
+    let fleet = Fleet::on(ports.clone(), config()).await;
+    let model = ServedModel { name: "gone".into(), ..ServedModel::default() };
+    let leaving =
+        WorkerPresence { id: "w-1".into(), draining: true, models: vec![model], ..WorkerPresence::default() };
+    ports.bus.announce_worker(&leaving).await.unwrap();
+    put(&ports, json!({ "id": "any", "prompt": "a", "options": { "maxTokens": 1 } }).to_string()).await;
+    let row = async || ports.ledger.find(key_of("default", "any")).await.unwrap();
+    eventually("it is in the ledger", || async { row().await.is_some() }).await;
+    let _worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
+    let outcome = outcome(&take(&fleet.ports, &Source::Responses).await);
+    assert_eq!((outcome.id.as_str(), outcome.model.as_str(), outcome.success), ("any", MODEL, true));
 }
 
 #[tokio::test]
 async fn a_message_that_comes_again_after_its_deadline_gets_the_answer_that_it_had() {
     let (fleet, worker) = Fleet::echoing().await;
     let body =
-        json!({ "id": "twice", "prompt": "a", "deadline": in_seconds(2), "options": { "maxTokens": 2 } });
+        json!({ "id": "twice", "prompt": "a", "deadline": in_seconds(4), "options": { "maxTokens": 2 } });
     put(&fleet.ports, body.to_string()).await;
     let first = take(&fleet.ports, &Source::Responses).await;
     assert!(outcome(&first).success);
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
     put(&fleet.ports, body.to_string()).await;
     let second = take(&fleet.ports, &Source::Responses).await;
     assert_eq!(second.body, first.body);
@@ -212,21 +239,26 @@ async fn one_models_full_queue_holds_up_nobody_else() {
     let mut ports = ports().await;
     let queue = FaultyQueue::new(ports.queue.clone());
     ports.queue = queue.clone();
-    let mut config = config();
-    config.coordinator.models = vec!["doomed".into()];
     let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
-    let fleet = Fleet::on(ports, config).await;
+    let _other = TestWorker::start(&ports, "doomed", Arc::new(echo)).await;
+    let fleet = Fleet::on(ports, config()).await;
     queue.refuse("doomed");
-    // More than the front door handles side by side.
-    for n in 0..600 {
-        put(&fleet.ports, json!({ "id": format!("d{n}"), "prompt": "a", "model": "doomed" }).to_string())
-            .await;
+    let put = async |id: &str, prompt: &str, model: &str| {
+        put(&fleet.ports, json!({ "id": id, "prompt": prompt, "model": model }).to_string()).await
+    };
+    // More than the front door handles side by side; and then all of them again.
+    for id in ["one", "two"] {
+        for n in 0..600 {
+            put(&format!("d{n}"), "a", "doomed").await;
+        }
+        put(id, "a", MODEL).await;
+        assert_eq!(outcome(&take(&fleet.ports, &Source::Responses).await).id, id);
     }
-    put(&fleet.ports, json!({ "id": "other", "prompt": "a", "model": MODEL }).to_string()).await;
-    assert_eq!(outcome(&take(&fleet.ports, &Source::Responses).await).id, "other");
-    assert_eq!(worker.started(), 1);
+    assert_eq!(worker.started(), 2);
+    put("d0", "b", "doomed").await;
+    assert_eq!(take(&fleet.ports, &Source::Errors).await.headers["x-stoker-code"], "id_taken");
     let row = fleet.ports.ledger.find(key_of("default", "d599")).await.unwrap().unwrap();
-    assert_eq!(row.state, stoker_shared::ports::JobState::Waiting);
+    assert_eq!(row.state, JobState::Waiting);
 }
 
 #[tokio::test]
@@ -294,7 +326,7 @@ async fn what_the_broker_gave_up_becomes_a_proper_failure() {
         (&"undeliverable".into(), &"d1".into())
     );
     let row = ports.ledger.find(envelope.key).await.unwrap().unwrap();
-    assert_eq!(row.state, stoker_shared::ports::JobState::Done);
+    assert_eq!(row.state, JobState::Done);
     let record: Value = serde_json::from_slice(&ports.ledger.dead_letters(1).await.unwrap()[0].body).unwrap();
     assert_eq!(record["id"], "d1");
 }

@@ -275,7 +275,7 @@ async fn a_job_that_nobody_comes_for_ends_at_its_deadline() {
     let (fleet, _worker) = Fleet::echoing().await;
     // A queue is all that is left of a model that workers served once.
     fleet.ports.queue.declare_work("gone").await.unwrap();
-    let deadline = in_seconds(1);
+    let deadline = in_seconds(3);
     let body = json!({ "id": "late", "prompt": "a", "model": "gone", "deadline": deadline });
     let (status, reply) = json(fleet.post("/v1/jobs", body.clone()).await).await;
     assert_eq!((status, &reply["status"]), (202, &json!("waiting")), "{reply}");

@@ -107,12 +107,13 @@ async fn nobody_waits_beyond_its_deadline_for_a_job_that_it_joined() {
     let second = async {
         eventually("the first runs", || async { worker.started() == 1 }).await;
         let mut hurried = body.clone();
-        hurried["deadline"] = in_seconds(1).into();
+        hurried["deadline"] = in_seconds(3).into();
         let response = fleet.post("/api/generate", hurried).await;
         gate.notify_waiters();
         response.status()
     };
-    let (first, second) = tokio::join!(first, second);
+    let both = async { tokio::join!(first, second) };
+    let (first, second) = tokio::time::timeout(Duration::from_secs(30), both).await.unwrap();
     assert_eq!((first.status().as_u16(), second.as_u16()), (200, 504));
 }
 

@@ -66,7 +66,10 @@ async fn recovers(bus: &RedisBus) {
 async fn append_again(bus: &RedisBus, step: &[Append]) -> AppendReport {
     match bus.append(step).await {
         Ok(report) => report,
-        Err(_) => bus.append(step).await.unwrap(),
+        Err(e) => {
+            assert!(e.is_transient(), "{e}");
+            bus.append(step).await.unwrap()
+        }
     }
 }
 
