@@ -102,6 +102,8 @@ pub struct Feed {
 #[derive(Debug)]
 struct State {
     text: Assembly,
+    /// A worker has said something, be it what can't be put behind the text yet.
+    heard: bool,
     end: Option<End>,
     /// One per reader, `None` once it has left.
     readers: Vec<Option<Slot>>,
@@ -139,6 +141,7 @@ impl Feed {
         let now = Instant::now();
         let state = State {
             text: Assembly::default(),
+            heard: false,
             end: None,
             readers: Vec::with_capacity(1),
             abandoned: false,
@@ -175,6 +178,7 @@ impl Feed {
         if state.end.is_some() {
             return Pushed::Nothing;
         }
+        state.heard = true;
         let pushed = state.text.push(frame);
         match pushed {
             Pushed::Nothing => {}
@@ -223,7 +227,7 @@ impl Feed {
     /// Whether a worker has said anything.
     pub fn begun(&self) -> bool {
         let state = self.lock();
-        state.text.epoch > 0 || state.end.is_some()
+        state.heard || state.end.is_some()
     }
 
     /// When its first text came.
@@ -245,7 +249,7 @@ impl Feed {
         let mut tick = Tick { silent: false, expired: now >= self.deadline };
         if now >= state.next_look {
             tick.silent = true;
-            let longest = if state.text.epoch > 0 { LONGEST_PAUSE.0 } else { LONGEST_PAUSE.1 };
+            let longest = if state.heard { LONGEST_PAUSE.0 } else { LONGEST_PAUSE.1 };
             state.pause = (state.pause * 2).min(longest);
             state.next_look = now + state.pause;
             state.looks += 1;

@@ -190,7 +190,8 @@ pub struct Event {
 }
 
 /// Where an engine puts what a step did: called once per step, on the engine's own thread, with the events of all
-/// requests that the step touched. Must not block.
+/// requests that the step touched. Must not block. Dropped when that thread ends, even if it does so by itself, because its
+/// model is broken: then no more is heard of the requests that it had.
 pub type Sink = Box<dyn FnMut(Vec<Event>) + Send>;
 
 /// What an engine serves, fixed once it is loaded.
@@ -239,7 +240,8 @@ pub struct Stats {
 pub trait Engine: Send + Sync + 'static {
     /// What it serves.
     fn info(&self) -> &ModelInfo;
-    /// Hands over a request; every request gets exactly one event with `finish` set, whatever is wrong with it.
+    /// Hands over a request; every request gets exactly one event with `finish` set, whatever is wrong with it, as long as the
+    /// engine has its [`Sink`].
     fn submit(&self, request: Request);
     /// Asks that a request end with [`FinishReason::Cancelled`] within one step; unknown ids are ignored.
     fn cancel(&self, id: SequenceId);

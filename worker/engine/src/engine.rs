@@ -2,7 +2,8 @@
 //!
 //! One thread owns model, cache and scheduler, so none of them needs a lock. Prompts are rendered and tokenized on the caller's
 //! thread, where a long one delays nobody's tokens. With nothing to do the thread sleeps on its channel, and the first request to
-//! come starts at once. A panic in a step ends the request that it is due to, and the engine goes on.
+//! come starts at once. A panic in a step ends the request that it is due to, and the engine goes on; where the model does
+//! nothing any more, the thread ends without a word about its requests, and they can be run elsewhere.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -114,7 +115,7 @@ impl Handle {
     }
 
     fn send(&self, command: Command) {
-        // The thread lives as long as the handle.
+        // Only a thread whose model is broken ends before the handle; that it drops the sink tells.
         let _ = self.commands.as_ref().map(|commands| commands.send(command));
     }
 }
@@ -208,6 +209,9 @@ fn advance(
     gauges.tokens.fetch_add(sequence.new_tokens() as u64, Relaxed);
 }
 
+/// The so-many-th failed step ends those in it, if nobody has turned out to be the reason and none in company went well.
+const STRIKES: u32 = 3;
+
 /// What the thread owns.
 struct Runner {
     model: Box<dyn Model>,
@@ -229,7 +233,7 @@ impl Runner {
         Self { model, language, scheduler, batch, pace: Pace::default(), events: Vec::new(), gauges, sink }
     }
 
-    /// Until the handle is dropped.
+    /// Until the handle is dropped, or a panic when the model is broken.
     fn run(mut self, inbox: Receiver<Command>) {
         loop {
             if self.scheduler.is_idle() {
@@ -356,31 +360,40 @@ impl Runner {
         }
     }
 
-    /// After a panic in the model all are computed again, those in the step one by one. Whoever makes it panic alone ends; if
-    /// nobody does, those end that are in the next step that fails.
+    /// After a panic in the model all are computed again, and each one's rows of the failed step with nobody beside them.
+    /// Whoever makes it panic alone ends; where nobody does, see [`STRIKES`].
     fn recover(&mut self, error: RequestError) {
+        self.restore();
+        self.scheduler.strike();
         let alone = self.scheduler.stepped().count() == 1;
-        for sequence in self.scheduler.stepped() {
-            if alone || sequence.struck {
-                sequence.end(FinishReason::Error(error.clone()));
-            }
-            (sequence.suspect, sequence.struck) = (true, true);
+        for sequence in self.scheduler.stepped().filter(|sequence| alone || sequence.strikes >= STRIKES) {
+            sequence.end(FinishReason::Error(error.clone()));
         }
         if alone {
-            self.scheduler.all().for_each(|sequence| sequence.struck = false);
+            self.scheduler.all().for_each(|sequence| sequence.strikes = 0);
         }
         self.dismiss();
         self.scheduler.forget_cache();
-        self.model.reset();
     }
 
-    /// After a panic outside the model, when nothing can be trusted: everybody ends.
+    /// Brings the model into order after a panic; what was cached must be computed again. Panics if it does not even compute a
+    /// single token then: it is broken, and no request is the reason.
+    fn restore(&mut self) {
+        self.model.reset();
+        let mut batch = Batch::default();
+        batch.push(&[0], 0, &[0], 1);
+        let logits = self.model.forward(&batch);
+        self.model.recycle(logits);
+    }
+
+    /// After a panic outside the model, when nothing can be trusted: everybody ends. Or after one in [`restore`](Self::restore),
+    /// which then comes again, and ends the thread.
     fn start_over(&mut self, error: RequestError) {
+        self.restore();
         for mut sequence in self.scheduler.dissolve() {
             sequence.end(FinishReason::Error(error.clone()));
             self.events.extend(sequence.take_event());
         }
-        self.model.reset();
         self.report();
     }
 

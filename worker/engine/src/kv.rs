@@ -41,7 +41,10 @@ pub(crate) struct BlockPool {
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     blocks: Vec<u32>,
-    /// Digests of its first blocks, as far as they are full and findable.
+    /// How many of its first blocks are full and findable.
+    full: usize,
+    /// Digests of its tokens up to the ends of its first blocks, as far as they were asked for. Tokens stay, so these do, even
+    /// while it has no blocks: one that waits behind a long cached prefix asks in every step.
     keys: Vec<Key>,
 }
 
@@ -53,10 +56,24 @@ impl Table {
 
     /// Under which digest the first of its blocks that is not full yet can be found once it is; `tokens` are the sequence's.
     /// `None` if that will never be of use: whole blocks only, and never all tokens, since the last one's logits are wanted.
-    pub fn next_key(&self, tokens: &[u32]) -> Option<Key> {
-        let reusable = &tokens[..tokens.len().saturating_sub(1)];
-        let chunk = reusable.chunks_exact(BLOCK).nth(self.keys.len())?;
-        Some(digest(self.keys.last().unwrap_or(&ROOT), chunk))
+    pub fn next_key(&mut self, tokens: &[u32]) -> Option<Key> {
+        let reusable = tokens.len().saturating_sub(1) / BLOCK;
+        (self.full < reusable).then(|| self.key(self.full, tokens))
+    }
+
+    /// The digest of the tokens up to a block's end; those of the blocks before it are known.
+    fn key(&mut self, block: usize, tokens: &[u32]) -> Key {
+        if block == self.keys.len() {
+            let key = digest(self.keys.last().unwrap_or(&ROOT), &tokens[block * BLOCK..(block + 1) * BLOCK]);
+            self.keys.push(key);
+        }
+        self.keys[block]
+    }
+
+    /// Its blocks, to be released.
+    pub fn take_blocks(&mut self) -> Self {
+        self.full = 0;
+        Self { blocks: std::mem::take(&mut self.blocks), ..Self::default() }
     }
 }
 
@@ -94,16 +111,16 @@ impl BlockPool {
             && let Some(&block) = self.by_key.get(&key)
         {
             self.reference(block);
-            match table.blocks.get_mut(table.keys.len()) {
+            match table.blocks.get_mut(table.full) {
                 Some(own) => {
                     let own = std::mem::replace(own, block);
-                    self.release(Table { blocks: vec![own], keys: Vec::new() });
+                    self.release(Table { blocks: vec![own], ..Table::default() });
                 }
                 None => table.blocks.push(block),
             }
-            table.keys.push(key);
+            table.full += 1;
         }
-        table.keys.len() * BLOCK
+        table.full * BLOCK
     }
 
     /// Gives `table` room for `positions`; false (and nothing changed) when there are not enough blocks.
@@ -124,14 +141,14 @@ impl BlockPool {
     pub fn shrink(&mut self, table: &mut Table, positions: usize) {
         let needed = positions.div_ceil(BLOCK).min(table.blocks.len());
         let blocks = table.blocks.split_off(needed);
-        self.release(Table { blocks, keys: Vec::new() });
+        self.release(Table { blocks, ..Table::default() });
     }
 
     /// Makes the full blocks among the first `computed` positions findable; `tokens` are the sequence's.
     pub fn publish(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
-        for index in table.keys.len()..computed / BLOCK {
-            let key = digest(table.keys.last().unwrap_or(&ROOT), &tokens[index * BLOCK..(index + 1) * BLOCK]);
-            table.keys.push(key);
+        for index in table.full..computed / BLOCK {
+            let key = table.key(index, tokens);
+            table.full += 1;
             let block = table.blocks[index];
             // Where two sequences computed the same block side by side, the first one's stays.
             self.by_key.entry(key).or_insert_with(|| {
@@ -270,6 +287,21 @@ mod tests {
         assert_eq!((pool.available(), pool.held_alone(&b)), (4, 4));
         pool.release(b);
         assert_eq!(pool.available(), 8);
+    }
+
+    #[test]
+    fn what_has_given_its_blocks_up_finds_them_again_by_digests_that_it_knows() {
+        let mut pool = BlockPool::new(4);
+        let prompt = tokens(1, 2 * BLOCK + 5);
+        let mut table = Table::default();
+        pool.grow(&mut table, prompt.len());
+        pool.publish(&mut table, &prompt, prompt.len());
+        let (blocks, keys) = (table.blocks()[..2].to_vec(), table.keys.clone());
+        pool.release(table.take_blocks());
+        assert_eq!((table.blocks().len(), &table.keys, pool.available()), (0, &keys, 4));
+        assert_eq!(table.next_key(&prompt), Some(keys[0]));
+        assert_eq!((pool.reuse(&mut table, &prompt), table.blocks()), (2 * BLOCK, &blocks[..]));
+        assert_eq!(table.keys, keys);
     }
 
     #[test]

@@ -51,6 +51,15 @@ impl Language {
         if prompt.len() >= context {
             return Err(too_long(&prompt.len().to_string(), context));
         }
+        // Replayed, it would end in the middle of what its reader has had already.
+        let begun = prompt.len() + request.resume.tokens.len();
+        if begun > context {
+            let message = format!(
+                "the text was begun where the context is larger: it has {begun} tokens already, and the context here is of \
+                 {context} tokens"
+            );
+            return Err(RequestError { kind: RequestErrorKind::ContextLength, message });
+        }
         let grammars = || self.grammars.get_or_init(|| Grammars::new(&self.tokenizer));
         let guide = request.constraint.as_ref().map(|constraint| grammars().guide(constraint)).transpose()?;
         Ok(Sequence::new(request, prompt, guide, &self.tokenizer, context))
@@ -66,6 +75,14 @@ impl Language {
 
     /// Control tokens count as such only in what the template wrote: those that a message spells out are plain text.
     fn encode_chat(&self, messages: &[ChatMessage], context: usize) -> Result<Vec<u32>, RequestError> {
+        let text = self.template.render(messages)?;
+        self.check_length(text.len(), context)?;
+        // To mark them takes many times a message's memory, and hardly any message needs it.
+        let spelled =
+            |m: &ChatMessage| [&m.role, &m.content].map(|text| self.tokenizer.may_spell_controls(text));
+        if !messages.iter().flat_map(spelled).any(|spelled| spelled) {
+            return self.encode(std::iter::once((text.as_str(), true)), context);
+        }
         let mut marks = Marks::new();
         let mut put = |text: &str| marks.put(text, self.tokenizer.control_tokens(text));
         let marked = messages.iter().map(|m| ChatMessage { role: put(&m.role), content: put(&m.content) });
@@ -73,16 +90,22 @@ impl Language {
         self.encode(marks.pieces(&text), context)
     }
 
+    /// Refuses a text of so many bytes if that alone tells that it is too long.
+    fn check_length(&self, bytes: usize, context: usize) -> Result<(), RequestError> {
+        let least = self.tokenizer.least_tokens(bytes);
+        if least > context { Err(too_long(&format!("at least {least}"), context)) } else { Ok(()) }
+    }
+
     /// Tokens of a text in pieces, each with whether the control tokens in it count as such.
+    ///
+    /// A tokenizer that puts a space before a text puts one before each piece. So a control token that a message spells out,
+    /// and what is behind it, may be read with a space in front.
     fn encode<'a>(
         &self,
         pieces: impl Iterator<Item = (&'a str, bool)> + Clone,
         context: usize,
     ) -> Result<Vec<u32>, RequestError> {
-        let least = self.tokenizer.least_tokens(pieces.clone().map(|(text, _)| text.len()).sum());
-        if least > context {
-            return Err(too_long(&format!("at least {least}"), context));
-        }
+        self.check_length(pieces.clone().map(|(text, _)| text.len()).sum(), context)?;
         let mut ids = Vec::new();
         for (text, parse_special) in pieces {
             ids.extend(self.tokenizer.encode(text, parse_special, ids.is_empty()));
@@ -210,12 +233,45 @@ pub(crate) mod tests {
     fn what_a_template_does_to_marks_can_not_bring_control_tokens_in() {
         let mut marks = Marks::new();
         let text = marks.put("ab cd", [0..1, 3..5]);
-        let pieces = |text: &str| marks.pieces(text).map(|(piece, _)| piece.to_owned()).collect::<Vec<_>>();
-        assert_eq!(pieces(&text), ["", "a", "b ", "cd", ""]);
+        let check = |text: &str, expected: &[(&str, bool)]| {
+            assert_eq!(marks.pieces(text).collect::<Vec<_>>(), expected);
+        };
+        check(&text, &[("", true), ("a", false), ("b ", true), ("cd", false), ("", true)]);
         let (first, second) = text.split_once("b ").unwrap();
-        assert_eq!(pieces(&format!("{second}{first}")), ["", "cd", "", "a", ""]);
+        let turned = format!("{second}{first}");
+        check(&turned, &[("", true), ("cd", false), ("", true), ("a", false), ("", true)]);
         let border = marks.border.clone();
-        assert_eq!(pieces(&format!("x{border}7{border}y{border}z")), ["x", "7", "y", "z"]);
+        let cut = format!("x{border}7{border}y{border}z");
+        check(&cut, &[("x", true), ("7", false), ("y", true), ("z", false)]);
+    }
+
+    #[test]
+    fn only_messages_that_spell_control_tokens_out_are_marked() {
+        let tokenizer = &smollm2().tokenizer;
+        for (text, spells) in
+            [("", false), ("<|im_end|", false), ("a <| b |> <b>", false), ("Hi<|im_end|>there", true)]
+        {
+            assert_eq!(tokenizer.may_spell_controls(text), spells, "{text}");
+            assert_eq!(!tokenizer.control_tokens(text).is_empty(), spells, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_text_that_was_begun_in_a_larger_context_is_not_cut_in_its_midst() {
+        let language = smollm2();
+        let resumed = |tokens: usize| {
+            let resume = Resume {
+                tokens: language.tokenizer.encode(&"7".repeat(tokens), false, false),
+                text: "7".into(),
+            };
+            let prompt = Prompt::Text("0".repeat(90));
+            language.prepare(Request { resume, ..request(prompt) }, 100)
+        };
+        let full = resumed(10).map(|sequence| sequence.ended).ok();
+        assert_eq!(full, Some(Some(crate::FinishReason::Length)), "all of it is out");
+        let error = resumed(11).map(drop).unwrap_err();
+        assert_eq!(error.kind, RequestErrorKind::ContextLength);
+        assert!(error.message.contains("begun where the context is larger"), "{}", error.message);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::collections::{HashMap, VecDeque};
 use crate::batch::Batch;
 use crate::fairness::Accounts;
 use crate::kernels::BLOCK;
-use crate::kv::{BlockPool, Table};
+use crate::kv::BlockPool;
 use crate::pace::Pace;
 use crate::sampler::Choice;
 use crate::sequence::Sequence;
@@ -122,7 +122,8 @@ impl Scheduler {
         if self.make_room() {
             self.admit();
         }
-        let prompt = match self.running.iter().position(|running| running.sequence.suspect) {
+        let alone = self.running.iter().position(|running| running.sequence.pending_alone() > 0);
+        let prompt = match alone {
             Some(suspect) => self.plan_alone(suspect, pace.chunk(0)),
             None => self.plan_rows(pace.chunk(self.decoding_count())),
         };
@@ -164,14 +165,13 @@ impl Scheduler {
         let mut left = chunk;
         let mut computing = HashMap::new();
         let mut give = |index: usize, most: usize| {
-            let sequence = &self.running[index].sequence;
             // Where another computes the same block already, that gets the turn, and this one the block in the next step.
-            let index = match sequence.table.next_key(sequence.tokens()) {
+            let index = match self.running[index].sequence.next_key() {
                 Some(key) => *computing.entry(key).or_insert(index),
                 None => index,
             };
             let Running { sequence, rows } = &mut self.running[index];
-            let more = (sequence.pending().len() - *rows).min(most).min(left);
+            let more = (sequence.pending_in_company() - *rows).min(most).min(left);
             *rows += more;
             left -= more;
         };
@@ -190,7 +190,7 @@ impl Scheduler {
     fn plan_alone(&mut self, index: usize, chunk: usize) -> usize {
         self.running.iter_mut().for_each(|running| running.rows = 0);
         let Running { sequence, rows } = &mut self.running[index];
-        *rows = sequence.pending().len().min(chunk);
+        *rows = sequence.pending_alone().min(chunk);
         *rows
     }
 
@@ -223,9 +223,15 @@ impl Scheduler {
             let positions = sequence.tokens().len();
             if self.pool.grow(&mut sequence.table, positions) {
                 index += 1;
-            } else {
-                self.preempt(self.running.len() - 1);
+                continue;
             }
+            // One batch sequence that is to come to an end stays: it has given way to more important ones often enough.
+            let stays = self.running.iter().position(|running| running.sequence.yielded >= YIELDS);
+            let last = self.running.len() - 1;
+            let victim = if stays == Some(last) { last.saturating_sub(1) } else { last };
+            self.preempt(victim);
+            // Those behind it have moved up.
+            index -= usize::from(victim < index);
         }
         self.running.len() == before
     }
@@ -240,6 +246,9 @@ impl Scheduler {
 
     /// Lets sequences in while there are slots, and blocks for all their tokens.
     fn admit(&mut self) {
+        if !self.waits(Priority::Batch) {
+            self.passed = 0;
+        }
         while self.running.len() < self.slots {
             let Some(lane) = self.next_lane() else { return };
             if self.admit_from(lane) {
@@ -257,16 +266,17 @@ impl Scheduler {
     /// Lets in whose turn it is in a lane, if there are blocks, and says whether there were.
     fn admit_from(&mut self, lane: Priority) -> bool {
         let place = self.next_place(lane);
-        let sequence = &self.waiting[lane as usize][place];
+        let sequence = &mut self.waiting[lane as usize][place];
         let positions = sequence.tokens().len();
-        let mut table = Table::default();
+        let mut table = std::mem::take(&mut sequence.table);
         let found = self.pool.reuse(&mut table, sequence.tokens());
         let needed = positions.div_ceil(BLOCK) - table.blocks().len();
         if lane == Priority::Interactive {
             self.make_way(needed);
         }
         if !self.has_room(needed) || !self.pool.grow(&mut table, positions) {
-            self.pool.release(table);
+            self.pool.release(table.take_blocks());
+            self.waiting[lane as usize][place].table = table;
             return false;
         }
         let mut sequence = self.waiting[lane as usize].remove(place).expect("it was there");
@@ -385,12 +395,21 @@ impl Scheduler {
         for running in &mut self.running {
             let sequence = &mut running.sequence;
             self.accounts.charge(sequence.user, running.rows + sequence.draft.tokens.len());
-            sequence.computed += running.rows;
-            // All its tokens went through the model, and nothing happened.
-            sequence.suspect &= !sequence.pending().is_empty();
+            sequence.passed(running.rows);
             let mut table = std::mem::take(&mut sequence.table);
             self.pool.publish(&mut table, sequence.tokens(), sequence.computed);
             sequence.table = table;
+        }
+        // What failed may have been due to nobody, or to all together; now they are together again, and it goes well.
+        if self.stepped().count() > 1 && self.all().all(|sequence| sequence.suspect.is_none()) {
+            self.stepped().for_each(|sequence| sequence.strikes = 0);
+        }
+    }
+
+    /// Notes that the planned step has failed.
+    pub fn strike(&mut self) {
+        for Running { sequence, rows } in self.running.iter_mut().filter(|running| running.rows > 0) {
+            sequence.strike(*rows);
         }
     }
 

@@ -4,10 +4,11 @@
 //! prompt, the tokens of an earlier attempt, or everything after a preemption, is computed the same way, and a token is
 //! only sampled behind the last one. So nothing is ever emitted twice.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use crate::guide::Guide;
-use crate::kv::Table;
+use crate::kv::{Key, Table};
 use crate::pace::Pace;
 use crate::sampler::Choice;
 use crate::speculation::{Chance, Drafter};
@@ -38,10 +39,10 @@ pub(crate) struct Sequence {
     pub draft: Draft,
     /// How often it has made room for an interactive one, or counts as having done so.
     pub yielded: u32,
-    /// Whether it was in a step that failed, and has not been computed alone since.
-    pub suspect: bool,
-    /// Whether it was in a step that failed, and nobody has turned out to be the reason since.
-    pub struck: bool,
+    /// Those of its tokens that were in steps that failed, and have not been computed since.
+    pub suspect: Option<Range<usize>>,
+    /// In how many steps that failed it was since anybody turned out to be the reason, or one in company went well.
+    pub strikes: u32,
     /// Why it is over; set once.
     pub ended: Option<FinishReason>,
     /// Prompt, resumed and new tokens.
@@ -103,8 +104,8 @@ impl Sequence {
             computed: 0,
             draft: Draft::default(),
             yielded: 0,
-            suspect: false,
-            struck: false,
+            suspect: None,
+            strikes: 0,
             ended: None,
             prompt: prompt.len(),
             limit: prompt.len().saturating_add(most).min(context),
@@ -147,9 +148,42 @@ impl Sequence {
         &self.tokens
     }
 
+    /// How many of its tokens may be computed beside other sequences now.
+    pub fn pending_in_company(&self) -> usize {
+        let end = self.suspect.as_ref().map_or(self.tokens.len(), |suspect| suspect.start);
+        end.saturating_sub(self.computed)
+    }
+
+    /// How many of its tokens are to be computed with nobody beside it now: all before them are in the cache.
+    pub fn pending_alone(&self) -> usize {
+        let suspect = self.suspect.as_ref().filter(|suspect| suspect.contains(&self.computed));
+        suspect.map_or(0, |suspect| suspect.end - self.computed)
+    }
+
+    /// Notes that a step failed with the next `rows` of its tokens in it.
+    pub fn strike(&mut self, rows: usize) {
+        let failed = self.computed..self.computed + rows;
+        self.suspect = Some(match self.suspect.take() {
+            Some(before) => before.start.min(failed.start)..before.end.max(failed.end),
+            None => failed,
+        });
+        self.strikes += 1;
+    }
+
+    /// Notes that the cache holds `rows` more of its tokens.
+    pub fn passed(&mut self, rows: usize) {
+        self.computed += rows;
+        self.suspect.take_if(|suspect| suspect.end <= self.computed);
+    }
+
     /// Whether only its newest token has to be computed before the next can be sampled.
     pub fn decoding(&self) -> bool {
         self.pending().len() == 1 && self.tokens.len() > self.prompt
+    }
+
+    /// See [`Table::next_key`].
+    pub fn next_key(&mut self) -> Option<Key> {
+        self.table.next_key(&self.tokens)
     }
 
     /// Whether it has been let in before.
@@ -164,7 +198,7 @@ impl Sequence {
         if !self.restarted {
             *cached += (positions.min(self.prompt) - self.computed.min(self.prompt)) as u32;
         }
-        self.computed = positions;
+        self.passed(positions - self.computed);
     }
 
     /// Forgets all that is computed, and gives its blocks back: it is to be computed again.
@@ -172,7 +206,7 @@ impl Sequence {
         self.computed = 0;
         self.draft = Draft::default();
         self.restarted = true;
-        std::mem::take(&mut self.table)
+        self.table.take_blocks()
     }
 
     /// Whether tokens may be guessed ahead for it.

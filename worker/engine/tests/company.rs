@@ -97,10 +97,14 @@ fn a_resumed_request_goes_on_as_if_never_interrupted() {
     for request in requests() {
         let whole = listener.run_one(request.clone());
         for cut in [1, 7, whole.tokens.len() - 1] {
-            let resume = Resume { tokens: whole.tokens[..cut].to_vec(), text: String::new() };
-            let rest = listener.run_one(Request { resume, ..request.clone() });
+            let resumed = |text: &str| {
+                let resume = Resume { tokens: whole.tokens[..cut].to_vec(), text: text.into() };
+                listener.run_one(Request { resume, ..request.clone() })
+            };
+            let rest = resumed("");
             assert_eq!(rest.tokens, whole.tokens[cut..]);
-            assert!(whole.text.ends_with(&rest.text));
+            let released = whole.text.strip_suffix(rest.text.as_str()).unwrap();
+            assert_same(&[resumed(released)], std::slice::from_ref(&rest));
             let usage = |heard: &Heard| heard.finish.as_ref().unwrap().usage.completion_tokens;
             assert_eq!(usage(&rest), usage(&whole));
         }

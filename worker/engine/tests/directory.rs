@@ -93,7 +93,7 @@ fn tokenizer_json() -> Value {
         "version": "1.0", "truncation": {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
         "padding": null, "normalizer": null,
         "added_tokens": [special(257, "<s>", true), special(258, "</s>", true), special(259, "<|im_end|>", true),
-                         special(260, "<tool>", false), special(300, "<image>", true)],
+                         special(260, "<tool>", false), special(261, "<|user|>", false), special(300, "<image>", true)],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
         "post_processor": {"type": "TemplateProcessing", "single": [
             {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [
@@ -226,8 +226,10 @@ fn tokenizer_and_template_come_with_it() {
     assert_eq!(literal, "</s><image>".bytes().map(u32::from).collect::<Vec<_>>());
     assert_eq!(tokenizer.encode("<image>", true, false).len(), 7);
     assert_eq!(tokenizer.eog_tokens().collect::<Vec<_>>(), [258, 259]);
-    let bytes = [32, 256, 260, 258, 0xC3].map(|id| tokenizer.token_bytes(id));
-    assert_eq!(bytes, [&b" "[..], b"he", b"<tool>", b"", &[0xC3]]);
+    let bytes = [32, 256, 260, 258, 0xC3, 261].map(|id| tokenizer.token_bytes(id));
+    assert_eq!(bytes, [&b" "[..], b"he", b"<tool>", b"", &[0xC3], b""]);
+    assert_eq!(tokenizer.encode("<|user|>", true, false), [261]);
+    assert_eq!(tokenizer.encode("<|user|>", false, false).len(), 8);
 
     let message = [ChatMessage { role: "user".into(), content: "Hi".into() }];
     assert_eq!(checkpoint.template().unwrap().render(&message).unwrap(), "<s>Hi</s>");

@@ -85,6 +85,17 @@ fn a_turns_end_is_one_although_the_file_has_it_as_text() {
     assert!(tokenizer.is_eog(1) && tokenizer.token_bytes(1).is_empty() && !tokenizer.is_eog(0));
 }
 
+#[test]
+fn marks_are_control_tokens_although_the_file_has_them_as_user_defined() {
+    let mut gguf = Gguf::tiny(&["a", "<|im_start|>", "<end_of_turn>", "<tool>", "<||>"]);
+    gguf.set("tokenizer.ggml.token_type", Value::I32s(vec![1, 4, 4, 4, 4]));
+    let tokenizer = open(&gguf);
+    assert_eq!(tokenizer.encode("a<|im_start|><end_of_turn><tool>a<||>", true, true), [0, 1, 2, 3, 0, 4]);
+    assert_eq!(tokenizer.encode("a<|im_start|><end_of_turn><tool>", false, true), [0, 0, 3]);
+    let text = [1, 2, 3, 4].map(|id| tokenizer.token_bytes(id));
+    assert_eq!(text, [&b""[..], b"", b"<tool>", b"<||>"]);
+}
+
 /// The library's regular expressions give up after a million steps on one match, and take the rest for one word.
 #[test]
 fn no_text_is_lost_after_a_run_that_is_too_long_for_the_library() {

@@ -27,17 +27,23 @@ struct Toy {
     samples: bool,
     /// Most sequences in a step; with more it panics.
     company: usize,
+    /// How many passes there were, and of which ones it panics for no reason.
+    passes: usize,
+    fails: fn(usize) -> bool,
 }
 
 impl Toy {
     fn new(blocks: usize) -> Self {
-        Self { memory: vec![[u64::MAX; BLOCK]; blocks], samples: true, company: usize::MAX }
+        let memory = vec![[u64::MAX; BLOCK]; blocks];
+        Self { memory, samples: true, company: usize::MAX, passes: 0, fails: |_| false }
     }
 }
 
 impl Model for Toy {
     fn forward(&mut self, batch: &Batch) -> Vec<f32> {
+        self.passes += 1;
         assert!(!batch.tokens.contains(&BOOM) && batch.spans.len() <= self.company, "boom");
+        assert!(!(self.fails)(self.passes), "boom");
         let mut logits = Vec::new();
         let mut outputs = batch.outputs.iter().map(|row| *row as usize).peekable();
         for span in &batch.spans {
@@ -213,9 +219,9 @@ fn reason(heard: &Heard) -> &FinishReason {
 }
 
 fn any_request(random: &mut StdRng, id: u64) -> Request {
-    let shared = "0123456789012345678901234567890123456789";
+    let shared = "0123456789".repeat(if random.random_bool(0.2) { 11 } else { 4 });
     let letter = |random: &mut StdRng| char::from(random.random_range(b'a'..=b'z'));
-    let mut prompt: String = if random.random_bool(0.5) { shared.into() } else { String::new() };
+    let mut prompt: String = if random.random_bool(0.5) { shared } else { String::new() };
     prompt.extend((0..random.random_range(1..60)).map(|_| letter(random)));
     let mut request = request(id, &prompt);
     request.max_tokens = if random.random_bool(0.1) { None } else { Some(random.random_range(1..100)) };
@@ -391,6 +397,60 @@ fn a_panic_that_comes_of_nobody_alone_ends_those_in_the_next() {
 }
 
 #[test]
+fn after_a_panic_only_what_failed_is_computed_alone() {
+    let (mut runner, ears) = runner(8, 60);
+    runner.pace.fixed = Some(8);
+    runner.pace.fixed_draft = Some(0);
+    let streams: Vec<_> =
+        (1..=4).map(|id| Request { max_tokens: Some(100), ..request(id, &format!("{id}")) }).collect();
+    streams.iter().for_each(|request| runner.submit(request.clone()));
+    (0..60).for_each(|_| runner.turn());
+    runner.submit(request(5, &boom()));
+    runner.turn();
+    runner.submit(Request { user: 1, ..request(6, "new") });
+    let mut steps = 0;
+    while ears.of(6).tokens.is_empty() {
+        runner.turn();
+        steps += 1;
+    }
+    assert!(steps < 5, "{steps} steps");
+    runner.finish();
+    assert!(matches!(reason(&ears.of(5)), FinishReason::Error(_)));
+    streams.iter().for_each(|request| assert_eq!(ears.of(request.id.0), alone(request)));
+}
+
+#[test]
+fn panics_for_no_reason_end_nobody_as_long_as_steps_go_well_between() {
+    let (mut runner, ears) = runner_of(Toy { fails: |pass| pass % 30 == 29, ..Toy::new(20) }, 2);
+    runner.pace.fixed_draft = Some(0);
+    let requests = [1, 2].map(|id| Request { max_tokens: Some(100), ..request(id, &format!("{id}")) });
+    requests.iter().for_each(|request| runner.submit(request.clone()));
+    runner.finish();
+    requests.iter().for_each(|request| assert_eq!(ears.of(request.id.0), alone(request)));
+}
+
+#[test]
+fn a_broken_model_ends_the_thread_and_no_request() {
+    let (ears, (alive, gone)) = (Ears::default(), mpsc::channel::<()>());
+    let load = || {
+        let (runner, _) = runner_of(Toy { fails: |pass| pass > 5, ..Toy::new(20) }, 4);
+        let Runner { model, language, .. } = runner;
+        Ok::<_, ()>(Ready { model, language, info: info(4), blocks: 20, speculation: false })
+    };
+    let mut hear = ears.sink();
+    let sink = move |events| {
+        let _alive = &alive;
+        hear(events);
+    };
+    let handle = start(load, Box::new(sink)).unwrap();
+    (1..4).for_each(|id| handle.submit(Request { max_tokens: None, ..request(id, &format!("{id}")) }));
+    let dropped = Err(mpsc::RecvTimeoutError::Disconnected);
+    assert_eq!(gone.recv_timeout(Duration::from_secs(60)), dropped, "the sink is gone");
+    assert!((1..4).all(|id| ears.of(id).finish.is_none()));
+    handle.submit(request(4, "too late"));
+}
+
+#[test]
 fn starting_over_ends_everything_and_serves_again() {
     let (mut runner, ears) = runner(1, 20);
     runner.submit(request(1, "runs"));
@@ -445,6 +505,7 @@ fn interactive_requests_pass_a_batch_one_that_waits_for_blocks() {
 #[test]
 fn a_batch_request_that_needs_most_blocks_comes_to_its_turn_among_many_small_ones() {
     let (mut runner, ears) = runner(10, 8);
+    runner.pace.fixed = Some(64);
     runner.pace.fixed_draft = Some(0);
     let mut small = (1..).map(|id| Request { max_tokens: Some(27), ..request(id, &format!("{id}")) });
     // They end one after another, so that there is never room for it by chance.
@@ -452,7 +513,17 @@ fn a_batch_request_that_needs_most_blocks_comes_to_its_turn_among_many_small_one
         runner.submit(small.next().unwrap());
         (0..7).for_each(|_| runner.turn());
     }
+    let ended = |ears: &Ears| (1..1000).filter(|id| ears.of(*id).finish.is_some()).count();
     let batch = Request { priority: Priority::Batch, ..long(0, 6 * BLOCK - 8) };
+    // Those that passed one that has gone do not count for the next.
+    runner.submit(Request { id: SequenceId(5000), ..batch.clone() });
+    while ended(&ears) < 50 {
+        runner.submit(small.next().unwrap());
+        runner.turn();
+    }
+    runner.obey(Command::Cancel(SequenceId(5000)));
+    runner.turn();
+    let earlier = ended(&ears);
     runner.submit(batch.clone());
     for _ in 0..2000 {
         runner.submit(small.next().unwrap());
@@ -461,7 +532,7 @@ fn a_batch_request_that_needs_most_blocks_comes_to_its_turn_among_many_small_one
             break;
         }
     }
-    let before = (1..1000).filter(|id| ears.of(*id).finish.is_some()).count();
+    let before = ended(&ears) - earlier;
     assert!((100..120).contains(&before), "{before} passed");
     runner.finish();
     assert_eq!(ears.of(0), alone(&batch));
@@ -489,6 +560,26 @@ fn batch_requests_make_room_for_interactive_ones_so_many_times() {
     }
     assert_eq!(at_once, 3);
     assert_eq!(ears.of(0), alone(&batch));
+}
+
+#[test]
+fn a_batch_request_that_has_made_room_often_enough_stays() {
+    let (mut runner, ears) = runner(4, 7);
+    let batch = Request { priority: Priority::Batch, max_tokens: Some(40), ..long(0, 5 * BLOCK - 4) };
+    let interactive = Request { max_tokens: Some(60), ..long(1, BLOCK - 8) };
+    runner.submit(batch.clone());
+    runner.scheduler.find(batch.id).unwrap().yielded = 3;
+    runner.turn();
+    runner.submit(interactive.clone());
+    let mut put_out = false;
+    while !runner.scheduler.is_idle() {
+        runner.turn();
+        assert!(runner.scheduler.find(batch.id).is_none_or(|batch| batch.computed > 0));
+        put_out |= runner.scheduler.waiting_count() > 0;
+    }
+    assert!(put_out, "the other one");
+    assert_eq!(ears.of(0), alone(&batch));
+    assert_eq!(ears.of(1).tokens, alone(&interactive).tokens);
 }
 
 #[test]

@@ -16,7 +16,9 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper};
 
 use super::spm::Spm;
-use super::{Begin, END_NAMES, Encoder, Pipeline, TokenKind, Tokenizer, byte_level_piece, spm_piece};
+use super::{
+    Begin, END_NAMES, Encoder, Pipeline, TokenKind, Tokenizer, byte_level_piece, is_mark, spm_piece,
+};
 use crate::weights::{Fault, gguf::Gguf};
 
 /// How text is cut into words before pairs are joined.
@@ -103,6 +105,8 @@ impl<'a> Vocabulary<'a> {
             // Numbers of llama.cpp's token types: 1 is normal, 2 unknown.
             let kind = match kind as i64 {
                 2 | 3 => TokenKind::Control,
+                // Older conversions of SentencePiece's models have all that was added as user-defined.
+                4 if is_mark(name) => TokenKind::Control,
                 4 => TokenKind::UserDefined,
                 5 => TokenKind::Unused,
                 6 => TokenKind::Byte,

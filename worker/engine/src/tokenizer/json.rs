@@ -4,7 +4,7 @@ use std::panic::catch_unwind;
 
 use serde_json::Value;
 
-use super::{Begin, Encoder, TokenKind, Tokenizer, byte_level_piece, byte_token, spm_piece};
+use super::{Begin, Encoder, TokenKind, Tokenizer, byte_level_piece, byte_token, is_mark, spm_piece};
 use crate::weights::Fault;
 
 /// What the files beside `tokenizer.json` say.
@@ -37,6 +37,10 @@ fn build(bytes: &[u8], special: &Special, limit: usize) -> Result<Tokenizer, Fau
     let within = |token: &Value| token["id"].as_u64().is_some_and(|id| id < limit as u64);
     if let Some(added) = json.get_mut("added_tokens").and_then(Value::as_array_mut) {
         added.retain(within);
+        // Some files have marks as if they were text.
+        for token in added.iter_mut().filter(|token| token["content"].as_str().is_some_and(is_mark)) {
+            token["special"] = true.into();
+        }
     }
     let byte_level = mentions(&json["decoder"], "ByteLevel");
     let mut library: tokenizers::Tokenizer = serde_json::from_value(json).map_err(|e| bad(&e))?;

@@ -13,6 +13,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::OnceLock;
 
+use aho_corasick::AhoCorasick;
 use tokenizers::models::bpe::BPE;
 use tokenizers::{
     DecoderWrapper, Model, NormalizerWrapper, OffsetReferential, OffsetType, PostProcessorWrapper,
@@ -39,6 +40,12 @@ const END_NAMES: [&str; 11] = [
     "<|return|>",
     "<|call|>",
 ];
+
+/// Whether a token of that name is a mark of turns and texts, even where its file has it as text to be found.
+fn is_mark(name: &str) -> bool {
+    let named = name.strip_prefix("<|").and_then(|rest| rest.strip_suffix("|>"));
+    END_NAMES.contains(&name) || named.is_some_and(|name| !name.is_empty())
+}
 
 /// The library's pipeline around a model.
 type Pipeline<M> =
@@ -71,6 +78,15 @@ impl Encoder {
             Self::Bpe(p) => control_tokens(p, text),
             Self::Spm(p) => control_tokens(p, text),
             Self::Json(p) => control_tokens(p, text),
+        }
+    }
+
+    /// Finds the names of its control tokens; `None` if it looks for some in a changed text.
+    fn control_names(&self) -> Option<AhoCorasick> {
+        match self {
+            Self::Bpe(p) => control_names(p),
+            Self::Spm(p) => control_names(p),
+            Self::Json(p) => control_names(p),
         }
     }
 
@@ -114,6 +130,8 @@ pub struct Tokenizer {
     encoder: Encoder,
     /// Made when it is first asked for: rare, and as large as the first.
     literal: OnceLock<Encoder>,
+    /// See [`Encoder::control_names`].
+    control_names: Option<AhoCorasick>,
     /// The bytes of all tokens, one after another.
     bytes: Vec<u8>,
     /// Where each token's bytes end.
@@ -138,6 +156,7 @@ impl Tokenizer {
         Self {
             encoder: Encoder::Bpe(Pipeline::new(BPE::default()).into()),
             literal: OnceLock::new(),
+            control_names: None,
             bytes: PIECE.repeat(count),
             ends: (1..=count).map(|n| (n * PIECE.len()) as u32).collect(),
             longest: PIECE.len(),
@@ -164,6 +183,11 @@ impl Tokenizer {
             ids.insert(0, bos);
         }
         ids
+    }
+
+    /// Whether a text may spell out control tokens: found out in one pass, and without a copy of it.
+    pub(crate) fn may_spell_controls(&self, text: &str) -> bool {
+        self.control_names.as_ref().is_none_or(|names| names.is_match(text))
     }
 
     /// Where a text spells out control tokens: ranges of its bytes, in order.
@@ -234,7 +258,8 @@ impl Tokenizer {
                     .map_err(|_| Fault::Malformed("the vocabulary is too large".into()))?,
             );
         }
-        Ok(Self { encoder, literal: OnceLock::new(), bytes, ends, longest, begin, end: eog })
+        let control_names = encoder.control_names();
+        Ok(Self { encoder, literal: OnceLock::new(), control_names, bytes, ends, longest, begin, end: eog })
     }
 }
 
@@ -251,6 +276,16 @@ fn encode_into(encoder: &Encoder, text: &str, ids: &mut Vec<u32>) {
         encode_into(encoder, left, ids);
         encode_into(encoder, right, ids);
     }
+}
+
+/// Finds the names of a pipeline's control tokens; `None` if it looks for some in what its normalizer makes of a text.
+fn control_names<M: Model>(pipeline: &Pipeline<M>) -> Option<AhoCorasick> {
+    let added = pipeline.get_added_vocabulary().get_added_tokens_decoder();
+    let special: Vec<_> = added.values().filter(|token| token.special).collect();
+    if pipeline.get_normalizer().is_some() && special.iter().any(|token| token.normalized) {
+        return None;
+    }
+    AhoCorasick::new(special.iter().map(|token| &token.content)).ok()
 }
 
 /// Where a pipeline would find control tokens in a text.

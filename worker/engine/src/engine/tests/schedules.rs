@@ -14,6 +14,8 @@ struct Seen {
     cached: AtomicUsize,
     resumed: AtomicUsize,
     cut: AtomicUsize,
+    yielded: AtomicUsize,
+    recovered: AtomicUsize,
 }
 
 #[test]
@@ -31,10 +33,10 @@ fn texts_are_the_same_in_whatever_company() {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         (0..threads).for_each(|_| drop(scope.spawn(play_all)));
     });
-    let Seen { accepted, preempted, cached, resumed, cut } = seen;
-    let counts = [accepted, preempted, cached, resumed, cut].map(AtomicUsize::into_inner);
-    println!("right guesses, preemptions, cached tokens, resumed, cut: {counts:?}");
-    assert!(counts.iter().all(|count| *count > SCHEDULES as usize / 10), "{counts:?}");
+    let Seen { accepted, preempted, cached, resumed, cut, yielded, recovered } = seen;
+    let counts = [accepted, preempted, cached, resumed, cut, yielded, recovered].map(AtomicUsize::into_inner);
+    println!("right guesses, preemptions, cached tokens, resumed, cut, made room, recovered: {counts:?}");
+    assert!(counts.iter().all(|count| *count > SCHEDULES as usize / 50), "{counts:?}");
 }
 
 /// A request, and what it yields alone: behind what an earlier attempt has had, if there was one.
@@ -50,6 +52,17 @@ fn any_attempt(random: &mut StdRng, id: u64) -> (Request, Heard) {
     (request, expected)
 }
 
+/// A request that makes the model panic.
+fn any_poison(random: &mut StdRng, id: u64) -> (Request, Heard) {
+    let mut request = request(id, &("7".repeat(random.random_range(0..60)) + &boom()));
+    if random.random_bool(0.5) {
+        request.priority = Priority::Batch;
+    }
+    let expected = alone(&request);
+    assert!(matches!(reason(&expected), FinishReason::Error(_)));
+    (request, expected)
+}
+
 fn play(seed: u64, seen: &Seen) {
     let mut random = StdRng::seed_from_u64(seed);
     let random = &mut random;
@@ -58,7 +71,11 @@ fn play(seed: u64, seen: &Seen) {
     let (mut runner, ears) = runner(slots, blocks);
     runner.pace.fixed = Some(random.random_range(1..80));
     runner.pace.fixed_draft = Some(random.random_range(0..8));
-    let attempts: Vec<_> = (0..random.random_range(2..9)).map(|id| any_attempt(random, id)).collect();
+    let mut attempts: Vec<_> = (0..random.random_range(2..9)).map(|id| any_attempt(random, id)).collect();
+    if random.random_bool(0.04) {
+        let poison = any_poison(random, attempts.len() as u64);
+        attempts.insert(random.random_range(0..=attempts.len()), poison);
+    }
     let mut cut = Vec::new();
     let mut next = attempts.iter();
     while next.len() > 0 || !runner.scheduler.is_idle() {
@@ -75,6 +92,8 @@ fn play(seed: u64, seen: &Seen) {
         runner.turn();
         let put_out = runner.scheduler.waiting_count() as i64 > waiting;
         seen.preempted.fetch_add((put_out && running > 0).into(), Relaxed);
+        let yielded = runner.scheduler.all().any(|sequence| sequence.yielded > 0);
+        seen.yielded.fetch_add(yielded.into(), Relaxed);
     }
     assert_eq!(runner.scheduler.blocks(), (0, blocks), "seed {seed}: blocks are lost");
     seen.accepted.fetch_add(runner.gauges.accepted.load(Relaxed) as usize, Relaxed);
@@ -83,6 +102,7 @@ fn play(seed: u64, seen: &Seen) {
         let usage = heard.finish.as_ref().map(|finish| finish.usage).unwrap();
         seen.cached.fetch_add(usage.cached_prompt_tokens as usize, Relaxed);
         seen.resumed.fetch_add((!request.resume.tokens.is_empty()).into(), Relaxed);
+        seen.recovered.fetch_add(matches!(reason(&heard), FinishReason::Error(_)).into(), Relaxed);
         let early = matches!(reason(&heard), FinishReason::Cancelled | FinishReason::Deadline);
         if early && cut.contains(&request.id.0) {
             seen.cut.fetch_add(1, Relaxed);
