@@ -148,7 +148,7 @@ async fn admit(
     prepare(intent, model, travel, settings)
 }
 
-/// Answers a message whose job was accepted before with its outcome, once there is one; whether it was.
+/// Sees to it that a message whose job was accepted before is answered with its outcome; whether it was.
 async fn answer_known(dispatch: &Dispatch, message: &Message, caller: &Caller) -> bool {
     let Ok(job) = read(dispatch, message) else { return false };
     let Some(id) = job.id.clone().or_else(|| fitting(&message.id)) else { return false };
@@ -159,6 +159,7 @@ async fn answer_known(dispatch: &Dispatch, message: &Message, caller: &Caller) -
                 answer(dispatch, message, &id, outcome).await;
                 return true;
             }
+            Ok(Some(row)) if stored::answers(&row.headers, message) => return true,
             Ok(Some(_)) => tracing::debug!(job = id, "a repeated message waits for the job's outcome"),
             Ok(None) => return false,
             Err(e) => tracing::debug!(job = id, "can't ask yet whether a job is known: {e}"),
@@ -207,14 +208,20 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, caller: &Caller, pr
                 return;
             }
             Kept::Before => return,
-            Kept::Not => {}
-        }
-        if Instant::now() >= *deadline {
-            let end = End::failed(deadline_passed());
-            let closing = Closing { job, envelope, reply_to, correlation_id, text: None, end, dead: None };
-            match closing::close(dispatch, closing).await {
-                Ok(_) => return,
-                Err(e) => tracing::warn!(job = job.id, "can't end a job whose time is up yet: {e}"),
+            // It has a row, so that it may be published: whoever runs it notes who else waits.
+            Kept::ForAnother if !model.served && !model.name.is_empty() && publish().await => return,
+            Kept::ForAnother => {}
+            Kept::Not if Instant::now() < *deadline => {}
+            Kept::Not => {
+                let end = End::failed(deadline_passed());
+                let closing =
+                    Closing { job, envelope, reply_to, correlation_id, text: None, end, dead: None };
+                match closing::close(dispatch, closing).await {
+                    Ok(Closed::Done { .. }) => return,
+                    // It has a row all the same.
+                    Ok(Closed::Already | Closed::Running) => {}
+                    Err(e) => tracing::warn!(job = job.id, "can't end a job whose time is up yet: {e}"),
+                }
             }
         }
         backoff.pause().await;
@@ -227,7 +234,9 @@ enum Kept {
     Now,
     /// It was there before, or its id is taken: nothing is left to do about the message.
     Before,
-    /// It is not there; or it is, and somebody else waits for its outcome.
+    /// It was there before, and its outcome will go elsewhere.
+    ForAnother,
+    /// The ledger can't be asked.
     Not,
 }
 
@@ -240,9 +249,8 @@ async fn keep(dispatch: &Dispatch, caller: &Caller, prepared: &Prepared, message
                 answer(dispatch, message, &message.id, outcome).await;
                 Kept::Before
             }
-            None if stored::have_same_addressee(&row.headers, message) => Kept::Before,
-            // A worker notes who else waits.
-            None => Kept::Not,
+            None if stored::answers(&row.headers, message) => Kept::Before,
+            None => Kept::ForAnother,
         },
         Ok(Accepted::Taken) => {
             refuse(dispatch, message, caller, &id_taken(&message.id)).await;

@@ -194,6 +194,15 @@ async fn a_job_that_nobody_comes_for_is_answered_at_its_deadline() {
     put(&fleet.ports, body.to_string()).await;
     let row = async || fleet.ports.ledger.find(key_of("default", "g1")).await.unwrap();
     eventually("it is in the ledger", || async { row().await.is_some() }).await;
+    // Whoever asks the same for an outcome of its own is put beside it in the queue.
+    let message =
+        Message { body: body.to_string().into(), correlation_id: Some("c".into()), ..Message::default() };
+    fleet.ports.queue.publish(&Destination::FrontDoor, message).await.unwrap();
+    let work = Source::Work { model: "gone".into(), lane: Lane::Interactive };
+    eventually("both are in the queue", || async {
+        fleet.ports.queue.depth(&work).await.unwrap() == Some(2)
+    })
+    .await;
     queue.set(Confirms::Alarm);
     eventually("it is over", || async { row().await.unwrap().state == JobState::Done }).await;
     assert_eq!(fleet.ports.queue.depth(&Source::Responses).await.unwrap(), Some(0));
