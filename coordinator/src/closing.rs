@@ -15,11 +15,10 @@ use stoker_shared::job::Job;
 use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{
     Append, CacheRow, Claim, Claimed, Committed, DeadLetter, Destination, Ending, JobRow, JobState, Liveness,
-    LogHeader, Message, Opened, Opening, PortError, PortResult, Ports, PublishError, RequestRow,
+    LogHeader, Message, Opened, Opening, PortError, PortResult, Ports, RequestRow, publish_patiently,
 };
 use time::OffsetDateTime;
 
-use crate::BACKOFF;
 use crate::dispatch::Dispatch;
 use crate::inbox::End;
 use crate::outcome::{Story, outcome};
@@ -28,8 +27,6 @@ use crate::stored::Restored;
 
 /// How long the log of a job that was ended here is kept, for readers that are behind.
 const LOG_TTL: Duration = Duration::from_secs(600);
-/// How often an outcome is sent again that the broker does not confirm.
-const UNCONFIRMED: u32 = 5;
 /// How often the claim is tried against others.
 const CLAIMS: usize = 5;
 
@@ -165,24 +162,7 @@ pub async fn announce(
             correlation_id: correlation_id.map(str::to_owned),
             ..Message::default()
         };
-        send(ports, &to, message).await;
-    }
-}
-
-async fn send(ports: &Ports, to: &Destination, message: Message) {
-    let mut backoff = BACKOFF;
-    let mut unconfirmed = 0;
-    loop {
-        match ports.queue.publish(to, message.clone()).await {
-            Ok(()) => return,
-            Err(PublishError::Port(e)) if e.is_transient() => {
-                tracing::debug!(job = message.id, "the outcome did not reach {to:?} yet: {e}")
-            }
-            // The broker may close the channel over every message of its kind.
-            Err(PublishError::Unconfirmed) if unconfirmed < UNCONFIRMED => unconfirmed += 1,
-            Err(e) => return tracing::warn!(job = message.id, "the outcome did not reach {to:?}: {e}"),
-        }
-        backoff.pause().await;
+        publish_patiently(&*ports.queue, &to, message, || false).await;
     }
 }
 

@@ -120,7 +120,7 @@ async fn admit(
     job: Job,
     caller: &Caller,
 ) -> Result<Prepared, JobError> {
-    let given = job.id.clone().or_else(|| fitting(&message.id));
+    let given = id_of(&job, message);
     let settings = &dispatch.config.coordinator;
     let accepted = Instant::now();
     let deadline = accepted + remaining(&job, OffsetDateTime::now_utc(), settings)?;
@@ -151,7 +151,7 @@ async fn admit(
 /// Sees to it that a message whose job was accepted before is answered with its outcome; whether it was.
 async fn answer_known(dispatch: &Dispatch, message: &Message, caller: &Caller) -> bool {
     let Ok(job) = read(dispatch, message) else { return false };
-    let Some(id) = job.id.clone().or_else(|| fitting(&message.id)) else { return false };
+    let Some(id) = id_of(&job, message) else { return false };
     let mut backoff = BACKOFF;
     loop {
         match dispatch.known(&caller.tenant, &id, &job.body_hash()).await {
@@ -194,6 +194,8 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, caller: &Caller, pr
         let published = dispatch.publish(model, job.lane, message.clone(), PUBLISH_LIMIT).await;
         published.inspect_err(|e| note(e, job, model)).is_ok()
     };
+    // Nobody may come for it before its deadline, so that it has to be in the ledger first.
+    let publish_kept = async || !model.served && !model.name.is_empty() && publish().await;
     let mut backoff = BACKOFF;
     loop {
         if model.served && publish().await {
@@ -201,15 +203,14 @@ async fn pass_on(dispatch: &Arc<Dispatch>, origin: &Message, caller: &Caller, pr
         }
         match keep(dispatch, caller, &prepared, &message).await {
             Kept::Now => {
-                // Nobody may come for it before its deadline, so that it had to be in the ledger first.
-                if !model.served && !model.name.is_empty() && publish().await {
+                if publish_kept().await {
                     dispatch.confirm(envelope.key);
                 }
                 return;
             }
             Kept::Before => return,
-            // It has a row, so that it may be published: whoever runs it notes who else waits.
-            Kept::ForAnother if !model.served && !model.name.is_empty() && publish().await => return,
+            // Whoever runs it notes who else waits.
+            Kept::ForAnother if publish_kept().await => return,
             Kept::ForAnother => {}
             Kept::Not if Instant::now() < *deadline => {}
             Kept::Not => {
@@ -301,6 +302,11 @@ fn lenient(message: &Message) -> Job {
         metadata: value.get("metadata").and_then(Value::as_object).cloned(),
         ..Job::default()
     }
+}
+
+/// The id that the submitter chose, in the body or beside it.
+fn id_of(job: &Job, message: &Message) -> Option<String> {
+    job.id.clone().or_else(|| fitting(&message.id))
 }
 
 fn fitting(id: &str) -> Option<String> {

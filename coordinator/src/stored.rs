@@ -42,11 +42,13 @@ pub struct Restored {
     pub message: Message,
 }
 
-/// Puts a stored job together again.
-///
-/// # Errors
-/// Says what can't be read.
-pub fn restore(stored: StoredJob) -> Result<Restored, String> {
+/// Puts a stored job together again, if it is whole.
+pub fn restore(stored: StoredJob) -> Option<Restored> {
+    let key = stored.key;
+    read(stored).inspect_err(|e| tracing::error!(job = %key, "an accepted job is lost: {e}")).ok()
+}
+
+fn read(stored: StoredJob) -> Result<Restored, String> {
     let job: Job =
         serde_json::from_slice(&stored.body).map_err(|e| format!("its body can't be read: {e}"))?;
     let Value::Object(kept) = stored.headers else { return Err("its headers can't be read".into()) };
@@ -97,6 +99,6 @@ mod tests {
         assert!(!answers(&stored.headers, &Message { correlation_id: Some("d".into()), ..message.clone() }));
         let over_http = Message { headers: Default::default(), ..message.clone() };
         assert!(!answers(&headers(&over_http), &message));
-        assert!(restore(StoredJob { headers: Value::Null, ..stored }).is_err());
+        assert!(read(StoredJob { headers: Value::Null, ..stored }).is_err());
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stoker_shared::job::Lane;
-use stoker_shared::ports::{PublishError, Retention, StoredJob};
+use stoker_shared::ports::{PublishError, Retention};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -77,7 +77,7 @@ async fn sweep(dispatch: &Arc<Dispatch>, mut place: Option<Uuid>) -> Option<Uuid
                 return place;
             }
             place = Some(stored.key);
-            let Some(restored) = readable(stored) else { continue };
+            let Some(restored) = restore(stored) else { continue };
             let queue = (restored.job.model_name().unwrap_or_default().to_owned(), restored.job.lane);
             if closed.contains(&queue) {
                 continue;
@@ -100,12 +100,6 @@ async fn sweep(dispatch: &Arc<Dispatch>, mut place: Option<Uuid>) -> Option<Uuid
     place
 }
 
-/// A stored job, if it is whole.
-fn readable(stored: StoredJob) -> Option<Restored> {
-    let key = stored.key;
-    restore(stored).inspect_err(|e| tracing::error!(job = %key, "an accepted job is lost: {e}")).ok()
-}
-
 async fn publish(dispatch: &Dispatch, restored: Restored) -> Result<(), PublishError> {
     let Restored { mut job, mut message, .. } = restored;
     let routed = dispatch.router.route(job.model_name(), Patience::Queued).await;
@@ -124,7 +118,7 @@ async fn end_overdue(dispatch: &Dispatch) {
         Ok(expiring) => expiring,
         Err(e) => return tracing::debug!("can't ask whose time is up: {e}"),
     };
-    for restored in expiring.into_iter().filter_map(readable) {
+    for restored in expiring.into_iter().filter_map(restore) {
         let key = restored.envelope.key;
         if restored.job.deadline_at().is_none_or(|deadline| OffsetDateTime::now_utc() < deadline + GRACE) {
             continue;

@@ -138,7 +138,7 @@ struct Look<'a> {
 impl Look<'_> {
     /// Claims a job that has probably no history: one round trip where looking first would take two.
     async fn claim_unseen(&mut self) -> PortResult<Verdict> {
-        // A job from the front door has no row; one that was accepted over HTTP waits in the ledger.
+        // A job from the front door seldom has a row; one that was accepted over HTTP waits in the ledger.
         let expected = if self.ticket.envelope.front_door { None } else { Some(0) };
         match self.claim(expected, FIRST_CLAIMED, 0).await? {
             Claimed::Won => Ok(Verdict::Start { epoch: FIRST_CLAIMED, interruptions: 0, suspect: None }),

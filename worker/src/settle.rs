@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
-use stoker_shared::backoff::Backoff;
-use stoker_shared::ports::{Destination, Message, PublishError};
-use tracing::{debug, warn};
+use stoker_shared::ports::{Destination, Message, publish_patiently};
+use tracing::debug;
 use uuid::Uuid;
 
 use crate::attempt::Attempt;
@@ -18,9 +17,6 @@ use crate::{dead, outcome};
 
 /// How long the log of an ended job is kept, for readers that are behind.
 const LOG_AFTER_END: Duration = Duration::from_secs(30);
-/// How often an outcome is sent that the broker does not confirm: it may close a channel over every message of its kind.
-/// After that it is left to those who ask for it.
-const TRIES: u32 = 6;
 
 /// A final job, and who waits for it.
 pub(crate) struct Answer {
@@ -138,24 +134,10 @@ fn message(id: &str, outcome: Bytes, waiter: &Waiter) -> Message {
     }
 }
 
-/// Publishes, however long it takes: a broker with an alarm delivers but takes nothing, and as long as deliveries stay
-/// unacknowledged, it delivers no more than there is room for. Once all of them are stale, the answer is left to those
+/// Publishes, however long it takes: as long as deliveries stay unacknowledged, the broker delivers no more than there is room
+/// for. Once all of them are stale, the answer is left to those
 /// that come in their place: the outcome is in the ledger.
 pub(crate) async fn send(shared: &Shared, to: &Destination, message: Message, waiters: &[Waiter]) {
-    let mut backoff = Backoff::new();
-    let mut unconfirmed = 0;
-    loop {
-        match shared.ports.queue.publish(to, message.clone()).await {
-            Ok(()) => return,
-            Err(PublishError::Port(error)) if error.is_transient() => {
-                debug!(%error, ?to, "not published yet")
-            }
-            Err(PublishError::Unconfirmed) if unconfirmed + 1 < TRIES => unconfirmed += 1,
-            Err(error) => return warn!(%error, ?to, job = %message.id, "not published"),
-        }
-        if waiters.iter().all(|waiter| waiter.receipt.is_stale()) {
-            return debug!(?to, job = %message.id, "not published: the job comes again");
-        }
-        backoff.pause().await;
-    }
+    let is_stale = || waiters.iter().all(|waiter| waiter.receipt.is_stale());
+    publish_patiently(&*shared.ports.queue, to, message, is_stale).await;
 }

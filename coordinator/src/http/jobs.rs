@@ -132,25 +132,14 @@ async fn ended_here(app: &App, row: &JobRow) -> bool {
     let Some(body) = row.body.clone() else { return false };
     let stored = StoredJob { key: row.key, body, headers: row.headers.clone() };
     let cancelled = JobError::new(code::CANCELLED, "the job was cancelled before it began");
-    let closed = match stored::restore(stored) {
-        Ok(restored) => {
-            // To its end, even if the client does not wait for it.
-            let dispatch = app.dispatch.clone();
-            let closing = async move { closing::give_up(&dispatch, &restored, cancelled).await };
-            match tokio::spawn(closing).await {
-                Ok(closed) => closed,
-                Err(_) => return false,
-            }
-        }
-        Err(e) => {
-            tracing::warn!(job = %row.key, "a waiting job is no longer whole: {e}");
-            return false;
-        }
-    };
-    match closed {
-        Ok(Closed::Done { .. } | Closed::Already) => true,
-        Ok(Closed::Running) => false,
-        Err(e) => {
+    let Some(restored) = stored::restore(stored) else { return false };
+    let dispatch = app.dispatch.clone();
+    let closing = async move { closing::give_up(&dispatch, &restored, cancelled).await };
+    // To its end, even if the client does not wait for it.
+    match tokio::spawn(closing).await {
+        Ok(Ok(Closed::Done { .. } | Closed::Already)) => true,
+        Ok(Ok(Closed::Running)) | Err(_) => false,
+        Ok(Err(e)) => {
             tracing::warn!(job = %row.key, "can't end a waiting job: {e}");
             false
         }

@@ -11,6 +11,7 @@ use stoker_shared::config::Config;
 use stoker_shared::job::Job;
 use stoker_shared::ports::{Ports, Source};
 
+use crate::faults::FaultyQueue;
 use crate::ground::Ground;
 use crate::worker::{Script, TestWorker, echo};
 
@@ -60,6 +61,14 @@ pub async fn ports() -> TestPorts {
     })
     .await;
     TestPorts { ports, _ground: Arc::new(ground) }
+}
+
+/// The same, with a broker that fails on demand.
+pub async fn faulty_ports() -> (TestPorts, Arc<FaultyQueue>) {
+    let mut ports = ports().await;
+    let queue = FaultyQueue::new(ports.queue.clone());
+    ports.queue = queue.clone();
+    (ports, queue)
 }
 
 /// A configuration for a test: any free port.

@@ -14,8 +14,8 @@ use stoker_shared::ports::{
     WorkerPresence,
 };
 
-use crate::faults::{Confirms, FaultyBus, FaultyQueue};
-use crate::fleet::{Fleet, MODEL, config, eventually, in_seconds, ports, take};
+use crate::faults::{Confirms, FaultyBus};
+use crate::fleet::{Fleet, MODEL, config, eventually, faulty_ports, in_seconds, ports, take};
 use crate::worker::{TestWorker, echo};
 
 async fn put(ports: &Ports, body: impl Into<Bytes>) {
@@ -183,9 +183,7 @@ async fn a_full_work_queue_holds_the_front_door_and_loses_nothing() {
 
 #[tokio::test]
 async fn a_job_that_nobody_comes_for_is_answered_at_its_deadline() {
-    let mut ports = ports().await;
-    let queue = FaultyQueue::new(ports.queue.clone());
-    ports.queue = queue.clone();
+    let (ports, queue) = faulty_ports().await;
     let _worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
     let fleet = Fleet::on(ports, config()).await;
     // The bus has forgotten the model, the broker has not.
@@ -245,9 +243,7 @@ async fn a_message_that_comes_again_after_its_deadline_gets_the_answer_that_it_h
 
 #[tokio::test]
 async fn one_models_full_queue_holds_up_nobody_else() {
-    let mut ports = ports().await;
-    let queue = FaultyQueue::new(ports.queue.clone());
-    ports.queue = queue.clone();
+    let (ports, queue) = faulty_ports().await;
     let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
     let _other = TestWorker::start(&ports, "doomed", Arc::new(echo)).await;
     let fleet = Fleet::on(ports, config()).await;

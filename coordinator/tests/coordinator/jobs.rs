@@ -9,7 +9,7 @@ use stoker_shared::ports::{Claim, JobState, ServedModel, Source, WorkerPresence}
 use tokio::sync::Notify;
 
 use crate::faults::{Confirms, FaultyQueue};
-use crate::fleet::{Fleet, MODEL, config, eventually, in_seconds, json, ports};
+use crate::fleet::{Fleet, MODEL, config, eventually, faulty_ports, in_seconds, json, ports};
 use crate::worker::{Script, TestWorker, echo};
 
 async fn done(fleet: &Fleet, id: &str) -> Value {
@@ -221,9 +221,7 @@ fn claim(id: &str, worker: &str) -> Claim {
 
 /// A fleet whose broker is down, and the id of a job that it accepted all the same.
 async fn accepted_without_a_broker() -> (Fleet, TestWorker, Arc<FaultyQueue>, String) {
-    let mut ports = ports().await;
-    let queue = FaultyQueue::new(ports.queue.clone());
-    ports.queue = queue.clone();
+    let (ports, queue) = faulty_ports().await;
     let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;
     let fleet = Fleet::on(ports, config()).await;
     queue.set(Confirms::Down);
@@ -243,9 +241,7 @@ async fn what_the_broker_never_got_is_published_again() {
 
 #[tokio::test]
 async fn what_waits_for_a_full_queue_holds_up_no_other_job() {
-    let mut ports = ports().await;
-    let queue = FaultyQueue::new(ports.queue.clone());
-    ports.queue = queue.clone();
+    let (ports, queue) = faulty_ports().await;
     let mut config = config();
     config.coordinator.models = vec!["doomed".into()];
     let worker = TestWorker::start(&ports, MODEL, Arc::new(echo)).await;

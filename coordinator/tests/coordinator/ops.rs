@@ -4,14 +4,12 @@ use serde_json::json;
 use stoker_coordinator::Coordinator;
 use stoker_shared::ports::{Liveness, Ports};
 
-use crate::faults::{Confirms, FaultyQueue};
-use crate::fleet::{Fleet, config, ports};
+use crate::faults::Confirms;
+use crate::fleet::{Fleet, config, faulty_ports, ports};
 
 #[tokio::test]
 async fn readiness_follows_the_services() {
-    let mut ports = ports().await;
-    let queue = FaultyQueue::new(ports.queue.clone());
-    ports.queue = queue.clone();
+    let (ports, queue) = faulty_ports().await;
     let fleet = Fleet::on(ports, config()).await;
     let (status, ready) = fleet.get("/healthz/ready").await;
     assert_eq!((status, &ready["ready"]), (200, &json!(true)), "{ready}");

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::faults::{Confirms, FaultyBus, FaultyQueue};
-use crate::fleet::{Fleet, MODEL, config, events, eventually, json, ports};
+use crate::fleet::{Fleet, MODEL, config, events, eventually, faulty_ports, json, ports};
 use crate::worker::{Script, TestWorker, echo};
 
 fn chat(stream: bool) -> Value {
@@ -19,9 +19,7 @@ fn chat(stream: bool) -> Value {
 async fn faulty(
     author: impl Fn(&stoker_shared::job::Job) -> Script + Send + Sync + 'static,
 ) -> (Fleet, TestWorker, Arc<FaultyQueue>) {
-    let mut ports = ports().await;
-    let queue = FaultyQueue::new(ports.queue.clone());
-    ports.queue = queue.clone();
+    let (ports, queue) = faulty_ports().await;
     let worker = TestWorker::start(&ports, MODEL, Arc::new(author)).await;
     (Fleet::on(ports, config()).await, worker, queue)
 }

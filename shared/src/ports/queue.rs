@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{PortError, PortResult};
+use crate::backoff::Backoff;
 use crate::job::Lane;
 
 /// Where messages are taken from.
@@ -157,4 +158,33 @@ pub trait Queue: Send + Sync + 'static {
 
     /// Whether the service answers now.
     async fn ready(&self) -> PortResult<()>;
+}
+
+/// How often a message is sent again that the queue does not confirm: it may close the channel over every message of its kind.
+const UNCONFIRMED: u32 = 5;
+
+/// Puts a message on a queue, however long that takes: a broker with an alarm delivers, but takes nothing. What the queue
+/// refuses, or never confirms, is given up; so is, before another try, what `is_over` says that nobody needs any more.
+pub async fn publish_patiently(
+    queue: &dyn Queue,
+    to: &Destination,
+    message: Message,
+    is_over: impl Fn() -> bool,
+) {
+    let mut backoff = Backoff::new();
+    let mut unconfirmed = 0;
+    loop {
+        match queue.publish(to, message.clone()).await {
+            Ok(()) => return,
+            Err(PublishError::Port(e)) if e.is_transient() => {
+                tracing::debug!(job = message.id, ?to, "not published yet: {e}");
+            }
+            Err(PublishError::Unconfirmed) if unconfirmed < UNCONFIRMED => unconfirmed += 1,
+            Err(e) => return tracing::warn!(job = message.id, ?to, "not published: {e}"),
+        }
+        if is_over() {
+            return tracing::debug!(job = message.id, ?to, "not published: nobody needs it any more");
+        }
+        backoff.pause().await;
+    }
 }
