@@ -60,15 +60,22 @@ fn main() {
     if !rows.is_empty() {
         return;
     }
-    println!("\nof 30 layers:\n{:>5} {:>8} {:>14} {:>10}", "rows", "context", "attention, ms", "bandwidth");
-    for (n, context) in [(1, 512), (1, 2000), (16, 512), (16, 2000), (512, 512)] {
-        let bench = Attention::new(&pool, n, context);
+    println!(
+        "\nof 30 layers:\n{:>5} {:>9} {:>8} {:>14} {:>10}",
+        "rows", "sequences", "context", "attention, ms", "bandwidth"
+    );
+    let one = [(1, 512), (1, 2000), (4, 4000), (8, 4000), (16, 4000), (128, 4000), (512, 512)];
+    let many = [(16, 512), (16, 2000)];
+    let all =
+        one.map(|(n, context)| (n, 1, context)).into_iter().chain(many.map(|(n, context)| (n, n, context)));
+    for (n, sequences, context) in all {
+        let bench = Attention::new(&pool, n, sequences, context);
         let q = noise(n * WIDTH, 2);
         let mut out = vec![0.0; q.len()];
         let time = best(n, || (0..LAYERS).for_each(|layer| bench.run(&pool, layer, &q, &mut out)));
         let read = (LAYERS * bench.sequences * context * 2 * (KV * 2 + SHAPE.heads * 4)) as f64;
         let share = read / time.as_secs_f64() / bandwidth;
-        println!("{n:>5} {context:>8} {:>14.3} {:>9.0}%", millis(time), 100.0 * share);
+        println!("{n:>5} {sequences:>9} {context:>8} {:>14.3} {:>9.0}%", millis(time), 100.0 * share);
     }
 
     println!("\nof 30 layers, ms:\n{:>5} {:>10} {:>10} {:>10}", "rows", "norms", "append", "gated");
@@ -175,8 +182,8 @@ struct Attention {
 }
 
 impl Attention {
-    fn new(pool: &Pool, n: usize, context: usize) -> Self {
-        let sequences = if n == context { 1 } else { n };
+    /// `n` rows of one sequence, its last ones, or the last rows of `n` sequences.
+    fn new(pool: &Pool, n: usize, sequences: usize, context: usize) -> Self {
         let per_sequence = context.div_ceil(SHAPE.block);
         let blocks = sequences * per_sequence;
         let tables: Vec<Vec<u32>> =
@@ -219,7 +226,7 @@ impl Attention {
 
 /// What lies between products and attention.
 fn between(pool: &Pool, n: usize) {
-    let bench = Attention::new(pool, if n == 512 { 512 } else { n }, 512);
+    let bench = Attention::new(pool, n, if n == 512 { 1 } else { n }, 512);
     let (mut keys, mut values) = (bench.keys[0].clone(), bench.values[0].clone());
     let mut x = noise(n * WIDTH, 4);
     let (y, k, hidden) = (noise(n * WIDTH, 5), noise(n * KV, 6), noise(n * HIDDEN, 7));

@@ -3,7 +3,7 @@
 //! Scores of a chunk of positions are computed, turned into weights and applied to the values while they are in the
 //! first-level cache; chunks are joined by rescaling (the online softmax of FlashAttention). Chunks are of fixed size and
 //! joined in order, so a row's result does not depend on the rows beside it, on how the work is split, or on threads.
-//! Rows of one sequence are taken sixteen at a time, and query heads that share a key head together, so that keys and
+//! Rows of one sequence are taken sixteen or more at a time, and query heads that share a key head together, so that keys and
 //! values are read once for all of them. Rows whose context is long beside the others' are split by chunks among the threads.
 //! Where there are tiles, products are those of integers.
 
@@ -16,12 +16,13 @@ use std::ops::Range;
 
 use super::activations::Quantiser;
 use super::cache::{Element, KvShape, Rows};
+use super::isa::Isa;
 use super::pack::Shared;
 use super::pool::{Pool, share};
 use chunk::{CHUNK, Scratch, run_chunk};
 
-/// Rows of one sequence that are taken together.
-const TILE_ROWS: usize = 16;
+/// Rows of one sequence that are taken together, at least.
+const ROWS: usize = 16;
 /// Most numbers that are kept of chunks until they are joined, 64 MB; in tests so few that there are several groups of chunks.
 const PARTIAL: usize = if cfg!(test) { 1 << 14 } else { 1 << 24 };
 
@@ -94,7 +95,7 @@ pub fn attention<E: Element>(
     assert!(values.len() / shape.value_block::<E>() >= blocks);
     rows.check(shape, blocks);
     let problem = Problem { spec, shape, keys, values, rows, q };
-    let units = units(&problem);
+    let units = units(&problem, rows_together::<E>(pool.isa(), shape));
     let cost = |unit: &Unit| unit.chunks.len() * problem.queries(unit);
     // What is more than a quarter of a thread's part would keep the others waiting.
     let most = units.iter().map(cost).sum::<usize>() / (4 * pool.threads());
@@ -140,13 +141,24 @@ pub fn attention<E: Element>(
     }
 }
 
-fn units<E>(problem: &Problem<'_, E>) -> Vec<Unit> {
+/// Rows of one sequence that are taken together. With tiles as many more as are worth it for a chunk's keys and values to be put there
+/// less often.
+fn rows_together<E: Element>(isa: Isa, shape: &KvShape) -> usize {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if integers::suits::<E>(isa, shape) {
+        return 2 * ROWS;
+    }
+    let _ = (isa, shape);
+    ROWS
+}
+
+fn units<E>(problem: &Problem<'_, E>, most: usize) -> Vec<Unit> {
     let rows = problem.rows;
     let mut units = Vec::new();
     let mut first = 0;
     while first < rows.len() {
         let same = |&row: &usize| rows.sequences[row] == rows.sequences[first];
-        let last = (first..rows.len().min(first + TILE_ROWS)).take_while(same).last().unwrap_or(first);
+        let last = (first..rows.len().min(first + most)).take_while(same).last().unwrap_or(first);
         let spans = (first..last + 1).map(|row| problem.span(row));
         let (start, end) = spans.fold((usize::MAX, 0), |(s, e), span| (s.min(span.start), e.max(span.end)));
         for kv_head in 0..problem.shape.heads {

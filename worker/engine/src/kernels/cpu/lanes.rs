@@ -69,8 +69,8 @@ pub(super) trait Lanes: Copy {
     fn min(self, other: Self) -> Self;
     /// `self * factor + addend`, rounded once where the processor can.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
-    /// 2 to the power of lanes that are integers from -126 to 127.
-    fn power_of_two(self) -> Self;
+    /// `self * 2^n`; `n` are integers from -126 to 127.
+    fn times_power_of_two(self, n: Self) -> Self;
 
     /// e to the power of each lane, to about one unit in the last place; 0 below -87.
     #[inline(always)]
@@ -87,7 +87,7 @@ pub(super) trait Lanes: Copy {
             p = p.mul_add(r, Self::splat(c));
         }
         let e = p.mul_add(r.mul(r), r).add(Self::splat(1.0));
-        e.mul(n.power_of_two()).zero_below(self, -87.3)
+        e.times_power_of_two(n).zero_below(self, -87.3)
     }
 
     /// Zero in the lanes where `of` is less than `limit`; a NaN stays.
@@ -216,8 +216,8 @@ impl Lanes for Array {
         Array(std::array::from_fn(|i| self.0[i] * factor.0[i] + addend.0[i]))
     }
     #[inline(always)]
-    fn power_of_two(self) -> Self {
-        Array(self.0.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23)))
+    fn times_power_of_two(self, n: Self) -> Self {
+        self.zip(n, |value, n| value * f32::from_bits(((n as i32 + 127) as u32) << 23))
     }
     #[inline(always)]
     fn zero_below(self, of: Self, limit: f32) -> Self {

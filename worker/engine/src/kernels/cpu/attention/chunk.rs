@@ -231,22 +231,18 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
             }
         }
     }
+    // First of all queries, so that one does not wait for another.
+    for (q, span) in spans.iter().enumerate() {
+        let scores = &mut scratch.weights[q * CHUNK..][..CHUNK];
+        scratch.current[q * scratch.state] = largest_score::<L>(scores, span, &whole, problem.spec.softcap);
+    }
     for (q, span) in spans.iter().enumerate() {
         let weights = &mut scratch.weights[q * CHUNK..][..CHUNK];
         let current = &mut scratch.current[q * scratch.state..][..2];
-        (current[0], current[1]) = softmax::<L>(weights, span, &whole, problem.spec.softcap);
-    }
-    if E::SCALE > 0 {
-        for v in whole.clone() {
-            // SAFETY: as above; each query has `CHUNK` weights.
-            unsafe {
-                let scale = L::load(pages.value_scales(v));
-                for q in 0..Q {
-                    let weights = scratch.weights[q * CHUNK + v * WIDTH..][..WIDTH].as_mut_ptr();
-                    L::load(weights).mul(scale).store(weights);
-                }
-            }
-        }
+        current[1] = weigh::<L>(weights, span, current[0], |v, weight| {
+            // SAFETY: as above.
+            if E::SCALE > 0 { weight.mul(unsafe { L::load(pages.value_scales(v)) }) } else { weight }
+        });
     }
     let slab = match (L::REGISTERS >= 32, Q) {
         (true, ..=6) => 4,
@@ -473,47 +469,59 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
     }
 }
 
-/// Turns a query's scores at `span` into weights, and everything else in the vectors `whole` into zeros. Returns the
-/// largest score and the sum of weights.
+/// Gets a query's scores at `span` ready for [`weigh`], puts zeros everywhere else in the vectors `whole`, and returns the largest
+/// score.
 #[inline(always)]
-pub(super) fn softmax<L: Lanes>(
-    weights: &mut [f32],
+pub(super) fn largest_score<L: Lanes>(
+    scores: &mut [f32],
     span: &Range<usize>,
     whole: &Range<usize>,
     softcap: Option<f32>,
-) -> (f32, f32) {
+) -> f32 {
     let own = vectors_of(span);
     for v in whole.clone().filter(|v| !own.contains(v)) {
-        weights[v * WIDTH..][..WIDTH].fill(0.0);
+        scores[v * WIDTH..][..WIDTH].fill(0.0);
     }
     if own.is_empty() {
-        return (f32::NEG_INFINITY, 0.0);
+        return f32::NEG_INFINITY;
     }
     if let Some(cap) = softcap {
-        for scores in weights[own.start * WIDTH..own.end * WIDTH].chunks_exact_mut(WIDTH) {
+        for scores in scores[own.start * WIDTH..own.end * WIDTH].chunks_exact_mut(WIDTH) {
             // SAFETY: 16 values.
             unsafe { cap_scores(L::load(scores.as_ptr()), cap).store(scores.as_mut_ptr()) };
         }
     }
-    weights[own.start * WIDTH..span.start].fill(f32::NEG_INFINITY);
-    weights[span.end..own.end * WIDTH].fill(f32::NEG_INFINITY);
-    let weights = &mut weights[own.start * WIDTH..own.end * WIDTH];
+    scores[own.start * WIDTH..span.start].fill(f32::NEG_INFINITY);
+    scores[span.end..own.end * WIDTH].fill(f32::NEG_INFINITY);
     let mut largest = L::splat(f32::NEG_INFINITY);
-    for scores in weights.chunks_exact(WIDTH) {
+    for scores in scores[own.start * WIDTH..own.end * WIDTH].chunks_exact(WIDTH) {
         // SAFETY: as above.
         largest = largest.max(unsafe { L::load(scores.as_ptr()) });
     }
-    let largest = largest.largest();
+    largest.largest()
+}
+
+/// Turns a query's scores at `span`, of which `largest` is the largest, into weights, and keeps what `applied` makes of these.
+/// Returns their sum.
+#[inline(always)]
+pub(super) fn weigh<L: Lanes>(
+    scores: &mut [f32],
+    span: &Range<usize>,
+    largest: f32,
+    mut applied: impl FnMut(usize, L) -> L,
+) -> f32 {
+    let own = vectors_of(span);
+    let scores = &mut scores[own.start * WIDTH..own.end * WIDTH];
     let mut sum = L::splat(0.0);
-    for scores in weights.chunks_exact_mut(WIDTH) {
-        // SAFETY: as above.
+    for (v, scores) in own.zip(scores.chunks_exact_mut(WIDTH)) {
+        // SAFETY: 16 values.
         unsafe {
             let weight = L::load(scores.as_ptr()).sub(L::splat(largest)).exp();
             sum = sum.add(weight);
-            weight.store(scores.as_mut_ptr());
+            applied(v, weight).store(scores.as_mut_ptr());
         }
     }
-    (largest, sum.sum())
+    sum.sum()
 }
 
 /// `cap * tanh(score / cap)`.

@@ -13,7 +13,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::chunk::{CHUNK, MOST, Pages, Scratch, WIDTH, covering, softmax, vectors_of};
+use super::chunk::{CHUNK, MOST, Pages, Scratch, WIDTH, covering, largest_score, weigh};
 use super::{Problem, Unit};
 use crate::kernels::cpu::activations::{TILE_ROWS, grow, scale_of};
 use crate::kernels::cpu::cache::{Element, KvShape};
@@ -166,6 +166,38 @@ unsafe fn put_bytes([high, low]: [__m512i; 2], to: *mut u8) {
     }
 }
 
+/// Puts a tile's weights of a query to a line: their integers' high bytes, and low ones a tile behind. Fours of positions come as
+/// [`place_of_four`] says.
+///
+/// # Safety
+/// The instruction set is there, and room for both.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn put_weights(weights: &[f32], inverse: f32, line: *mut Line) {
+    let low_bytes = _mm512_set1_epi16(255);
+    let integers = |v: usize| {
+        // SAFETY: 16 weights.
+        let weight = unsafe { _mm512_loadu_ps(weights[v * WIDTH..][..WIDTH].as_ptr()) };
+        _mm512_cvtps_epi32(_mm512_mul_ps(weight, _mm512_set1_ps(inverse)))
+    };
+    // Words, then bytes of two vectors side by side in each 128 bits.
+    let a = _mm512_packus_epi32(integers(0), integers(1));
+    let b = _mm512_packus_epi32(integers(2), integers(3));
+    let high = _mm512_packus_epi16(_mm512_srli_epi16::<8>(a), _mm512_srli_epi16::<8>(b));
+    let low = _mm512_packus_epi16(_mm512_and_si512(a, low_bytes), _mm512_and_si512(b, low_bytes));
+    // SAFETY: the caller's promise.
+    unsafe {
+        _mm512_store_si512(line.cast(), high);
+        _mm512_store_si512(line.add(TILE_ROWS).cast(), low);
+    }
+}
+
+/// Where the `four`th four of a tile's positions lie in a line of [`put_weights`], and so in which row of a tile of values: the second
+/// four of the third vector lie where the third of the second would.
+const fn place_of_four(four: usize) -> usize {
+    four % VECTORS * VECTORS + four / VECTORS
+}
+
 /// Adds the positions of chunk `chunk` to the states of a unit's queries. This thread's next unit is `next`.
 pub(super) fn run_chunk<E: Element>(
     problem: &Problem<'_, E>,
@@ -194,50 +226,46 @@ fn lines_of(spans: impl Iterator<Item = Range<usize>>) -> Option<Range<usize>> {
     Some(all.start / COLUMNS * 2..all.end.div_ceil(COLUMNS) * 2)
 }
 
-/// Applies the values' scales to a query's weights at `span`, and makes integers of them: what 256 times one of these means.
-/// `put` is given the high and low bytes of each vector of `whole`; those at other positions are zeros.
+/// What a query's scores have become.
+struct Weighed {
+    /// Sum of the weights.
+    sum: f32,
+    /// With what a weight that a value's scale is in becomes an integer.
+    inverse: f32,
+    /// What 256 times such an integer means.
+    unit: f32,
+}
+
+/// Turns a query's scores at `span`, of which `largest` is the largest, into weights with the values' scales in them.
 ///
 /// # Safety
-/// The instruction set is there; `whole` are vectors of a chunk, and `span` lies within.
+/// The instruction set is there; `span` lies within a chunk, and there are scales of its vectors.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn quantise_weights(
-    weights: &mut [f32],
+unsafe fn weigh_values(
+    scores: &mut [f32],
     scales: impl Fn(usize) -> *const f32,
     span: &Range<usize>,
-    whole: Range<usize>,
-    mut put: impl FnMut(usize, [__m512i; 2]),
-) -> f32 {
-    let own = vectors_of(span);
-    let weights = &mut weights[..CHUNK];
-    let mut largest = _mm512_setzero_si512();
-    for v in own.clone() {
-        let first = span.start.saturating_sub(v * WIDTH);
-        let end = (span.end - v * WIDTH).min(WIDTH);
-        let lanes = (u16::MAX << first) & (u16::MAX >> (WIDTH - end));
-        // SAFETY: 16 weights, and the caller's promise: 16 scales.
-        unsafe {
-            let at = weights.as_mut_ptr().add(v * WIDTH);
-            let weight = _mm512_maskz_mul_ps(lanes, _mm512_loadu_ps(at), _mm512_loadu_ps(scales(v)));
-            _mm512_storeu_ps(at, weight);
-            // As integers, of which one that is not finite is the largest.
-            let bits = _mm512_and_si512(_mm512_castps_si512(weight), _mm512_set1_epi32(0x7fff_ffff));
-            largest = _mm512_max_epi32(largest, bits);
-        }
-    }
-    let (scale, inverse) = scale_of(f32::from_bits(_mm512_reduce_max_epi32(largest) as u32));
-    let (scale, inverse) = (scale / FINER, inverse * FINER);
-    for v in whole {
-        let bytes = if own.contains(&v) {
-            // SAFETY: 16 weights.
-            let weight = unsafe { _mm512_loadu_ps(weights.as_ptr().add(v * WIDTH)) };
-            split(_mm512_mul_ps(weight, _mm512_set1_ps(inverse)))
+    largest: f32,
+) -> Weighed {
+    let mut heaviest = _mm512_setzero_si512();
+    let sum = weigh::<V512>(scores, span, largest, |v, weight| {
+        // SAFETY: the caller's promise: 16 scales.
+        let scales = unsafe { _mm512_loadu_ps(scales(v)) };
+        let weight = if span.start <= v * WIDTH && (v + 1) * WIDTH <= span.end {
+            _mm512_mul_ps(weight.0, scales)
         } else {
-            [_mm512_setzero_si512(); 2]
+            let first = span.start.saturating_sub(v * WIDTH);
+            let end = (span.end - v * WIDTH).min(WIDTH);
+            _mm512_maskz_mul_ps((u16::MAX << first) & (u16::MAX >> (WIDTH - end)), weight.0, scales)
         };
-        put(v, bytes);
-    }
-    256.0 * scale
+        // As integers, of which one that is not finite is the largest.
+        let bits = _mm512_and_si512(_mm512_castps_si512(weight), _mm512_set1_epi32(0x7fff_ffff));
+        heaviest = _mm512_max_epi32(heaviest, bits);
+        V512(weight)
+    });
+    let (scale, inverse) = scale_of(f32::from_bits(_mm512_reduce_max_epi32(heaviest) as u32));
+    Weighed { sum, inverse: inverse * FINER, unit: scale * (256.0 / FINER) }
 }
 
 /// Few queries, with dot products of words.
@@ -260,17 +288,26 @@ unsafe fn few<E: Element, const Q: usize>(
         for v in whole.clone().step_by(2) {
             few_scores::<E, Q>(&pages, v, scratch);
         }
+        let softcap = problem.spec.softcap;
+        for (query, span) in spans.iter().enumerate() {
+            let scores = &mut scratch.weights[query * CHUNK..][..CHUNK];
+            scratch.current[query * scratch.state] = largest_score::<V512>(scores, span, &whole, softcap);
+        }
         let mut units = [0.0; Q];
         for (query, span) in spans.iter().enumerate() {
             let weights = &mut scratch.weights[query * CHUNK..][..CHUNK];
-            let current = &mut scratch.current[query * scratch.state..][..2];
-            (current[0], current[1]) = softmax::<V512>(weights, span, &whole, problem.spec.softcap);
+            let state = &mut scratch.current[query * scratch.state..][..2];
             let words = scratch.integers.weight_words[query * 2 * CHUNK..][..2 * CHUNK].as_mut_ptr();
-            let scales = |v| pages.value_scales(v);
-            units[query] = quantise_weights(weights, scales, span, whole.clone(), |v, [high, low]| {
+            let Weighed { sum, inverse, unit } =
+                weigh_values(weights, |v| pages.value_scales(v), span, state[0]);
+            state[1] = sum;
+            units[query] = unit;
+            for v in whole.clone() {
+                let weight = _mm512_loadu_ps(weights[v * WIDTH..][..WIDTH].as_ptr());
+                let [high, low] = split(_mm512_mul_ps(weight, _mm512_set1_ps(inverse)));
                 _mm256_storeu_si256(words.add(v * WIDTH).cast(), _mm512_cvtepi32_epi16(high));
                 _mm256_storeu_si256(words.add(CHUNK + v * WIDTH).cast(), _mm512_cvtepi32_epi16(low));
-            });
+            }
         }
         let groups = problem.shape.value_dim().div_ceil(COLUMNS);
         let mut group = 0;
@@ -433,7 +470,7 @@ unsafe fn few_values<E: Element, const Q: usize, const G: usize>(
 
 /// Puts lines of words, each `stride` from the one before, into tiles: four lines' bytes of a column lie together, 16 columns side
 /// by side, high bytes in one tile, low ones in the next. `tiles` are those of the first and of the second 16 columns, of which `ROWS`
-/// rows are filled, with zeros where there are no lines.
+/// rows are filled, with zeros where there are no lines; the `four`th is row `place(four)`.
 ///
 /// # Safety
 /// The instruction set is there; `count` lines of 32 words, a multiple of four, and room for two tiles at each of `tiles`.
@@ -444,6 +481,7 @@ unsafe fn put_in_tiles<const ROWS: usize>(
     stride: usize,
     count: usize,
     tiles: [Option<*mut Line>; 2],
+    place: impl Fn(usize) -> usize,
 ) {
     let by_plane = _mm512_set4_epi32(0x0f0d_0e0c, 0x0b09_0a08, 0x0705_0604, 0x0301_0200);
     let lower = _mm512_set1_epi32(0xffff);
@@ -470,7 +508,7 @@ unsafe fn put_in_tiles<const ROWS: usize>(
             let Some(to) = to else { continue };
             for (plane, bytes) in planes.iter().enumerate() {
                 // SAFETY: the caller's promise.
-                unsafe { _mm512_store_si512(to.add(plane * TILE_ROWS + four).cast(), bytes[i]) }
+                unsafe { _mm512_store_si512(to.add(plane * TILE_ROWS + place(four)).cast(), bytes[i]) }
             }
         }
     }
@@ -504,10 +542,11 @@ unsafe fn multiply<const SIGNED: bool>(columns: *const Line) {
     macro_rules! multiply {
         ($high:literal, $mixed:literal) => {
             asm!(
-                "tileloadd tmm6, [{columns} + {line}]",
-                concat!($high, " tmm0, tmm4, tmm6"),
+                // The two that add to the same tile as far apart as can be.
                 "tileloadd tmm7, [{columns} + {line} + 1024]",
                 concat!($mixed, " tmm1, tmm4, tmm7"),
+                "tileloadd tmm6, [{columns} + {line}]",
+                concat!($high, " tmm0, tmm4, tmm6"),
                 "tdpbuud tmm2, tmm5, tmm7",
                 "tdpbusd tmm1, tmm5, tmm6",
                 columns = in(reg) columns,
@@ -575,19 +614,17 @@ unsafe fn fill<E: Element>(
                 let first = step * INPUTS;
                 let tiles = [tile(v), tile(v + 1)];
                 let count = (dim - first).min(INPUTS);
-                put_in_tiles::<TILE_ROWS>(keys.add(first * block), block, count, tiles);
+                put_in_tiles::<TILE_ROWS>(keys.add(first * block), block, count, tiles, |four| four);
             }
         }
         // Blocks may be of 32 positions: half a tile.
         for v in whole.clone().step_by(2) {
             let values = E::integers(pages.values(v)).expect("integers");
+            let place = |four: usize| place_of_four(v % VECTORS * (WIDTH / 4) + four);
             for at in (0..dims).step_by(2) {
-                let tile = |at: usize| {
-                    let tile = (v / VECTORS * dims + at) * PAIR + v % VECTORS * (WIDTH / 4);
-                    (at < dims).then(|| value_tiles.add(tile))
-                };
-                let tiles = [tile(at), tile(at + 1)];
-                put_in_tiles::<{ TILE_ROWS / 2 }>(values.add(at * WIDTH), value_dim, COLUMNS, tiles);
+                let tile = |at: usize| (at < dims).then(|| value_tiles.add((v / VECTORS * dims + at) * PAIR));
+                let (from, tiles) = (values.add(at * WIDTH), [tile(at), tile(at + 1)]);
+                put_in_tiles::<{ TILE_ROWS / 2 }>(from, value_dim, COLUMNS, tiles, place);
             }
         }
     }
@@ -644,24 +681,26 @@ unsafe fn sixteen<E: Element>(
         put_scores(whole.end - 1);
 
         let tiles = whole.start / VECTORS..whole.end.div_ceil(VECTORS);
-        let mut units = [0.0; TILE_ROWS];
+        let all = tiles.start * VECTORS..tiles.end * VECTORS;
+        // Each first of all queries, so that one does not wait for another.
+        for (q, span) in spans.iter().enumerate() {
+            let scores = &mut weights[q * CHUNK..][..CHUNK];
+            current[q * *state] = largest_score::<V512>(scores, span, &all, problem.spec.softcap);
+        }
+        let (mut units, mut inverses) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
         for (q, span) in spans.iter().enumerate() {
             let weights = &mut weights[q * CHUNK..][..CHUNK];
             let state = &mut current[q * *state..][..2];
-            (state[0], state[1]) = softmax::<V512>(weights, span, &whole, problem.spec.softcap);
             let scales = integers.scales[1].as_ptr();
-            let to = integers.weights.as_mut_ptr();
-            let all = tiles.start * VECTORS..tiles.end * VECTORS;
-            units[q] = quantise_weights(
-                weights,
-                |v| scales.add(v * WIDTH),
-                span,
-                all,
-                |v, bytes| {
-                    let line = to.add(v / VECTORS * PAIR + q);
-                    put_bytes(bytes, line.cast::<u8>().add(v % VECTORS * WIDTH));
-                },
-            );
+            let weighed = weigh_values(weights, |v| scales.add(v * WIDTH), span, state[0]);
+            (state[1], units[q], inverses[q]) = (weighed.sum, weighed.unit, weighed.inverse);
+        }
+        for (q, &inverse) in inverses[..count].iter().enumerate() {
+            let weights = &weights[q * CHUNK..][..CHUNK];
+            for tile in tiles.clone() {
+                let line = integers.weights.as_mut_ptr().add(tile * PAIR + q);
+                put_weights(&weights[tile * INPUTS..][..INPUTS], inverse, line);
+            }
         }
 
         let current = current.as_mut_ptr();

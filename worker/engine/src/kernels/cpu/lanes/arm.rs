@@ -105,10 +105,11 @@ impl Lanes for V128 {
         V128(from_fn(|i| unsafe { vfmaq_f32(addend.0[i], self.0[i], factor.0[i]) }))
     }
     #[inline(always)]
-    fn power_of_two(self) -> Self {
-        V128(self.0.map(|n| unsafe {
-            vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127))))
-        }))
+    fn times_power_of_two(self, n: Self) -> Self {
+        self.zip(n, |value, n| unsafe {
+            let exponent = vshlq_n_s32::<23>(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)));
+            vmulq_f32(value, vreinterpretq_f32_s32(exponent))
+        })
     }
     #[inline(always)]
     fn zero_below(self, of: Self, limit: f32) -> Self {

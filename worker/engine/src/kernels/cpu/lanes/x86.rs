@@ -18,7 +18,7 @@ pub fn hidden<T>(mut at: *const T) -> *const T {
 
 /// AVX-512.
 #[derive(Clone, Copy)]
-pub struct V512(__m512);
+pub struct V512(pub __m512);
 
 /// Joins one half of sixteen lanes with the other until one is left: the order of [`Lanes::sum`]. A macro, since a function
 /// that takes functions would be compiled without the instruction set.
@@ -98,8 +98,8 @@ impl Lanes for V512 {
         V512(unsafe { _mm512_fmadd_ps(self.0, factor.0, addend.0) })
     }
     #[inline(always)]
-    fn power_of_two(self) -> Self {
-        V512(unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), self.0) })
+    fn times_power_of_two(self, n: Self) -> Self {
+        V512(unsafe { _mm512_scalef_ps(self.0, n.0) })
     }
     #[inline(always)]
     fn sum(self) -> f32 {
@@ -205,12 +205,12 @@ impl Lanes for V256 {
         }
     }
     #[inline(always)]
-    fn power_of_two(self) -> Self {
+    fn times_power_of_two(self, n: Self) -> Self {
         unsafe {
             let bias = _mm256_set1_epi32(127);
-            let a = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(self.0), bias));
-            let b = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(self.1), bias));
-            V256(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b))
+            let a = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.0), bias));
+            let b = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n.1), bias));
+            self.mul(V256(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)))
         }
     }
     #[inline(always)]
