@@ -188,6 +188,7 @@ pub(super) fn scale_of(largest: f32) -> (f32, f32) {
 struct Places {
     codes: Shared<Codes>,
     scales: Shared<RunScale>,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only there are rows in tiles"))]
     tiles: Shared<TileScales>,
     blocks: usize,
     /// Runs that share a scale.
@@ -253,6 +254,8 @@ impl Places {
 type Kernel = unsafe fn(&[f32], usize, &Places);
 
 fn kernel(isa: Isa, tiled: bool) -> Kernel {
+    // Only some of x86's processors take rows in tiles.
+    let _ = tiled;
     match isa {
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => planes,
