@@ -231,11 +231,8 @@ fn run_batch<L: Lanes, E: Element, const Q: usize>(
             }
         }
     }
-    // First of all queries, so that one does not wait for another.
-    for (q, span) in spans.iter().enumerate() {
-        let scores = &mut scratch.weights[q * CHUNK..][..CHUNK];
-        scratch.current[q * scratch.state] = largest_score::<L>(scores, span, &whole, problem.spec.softcap);
-    }
+    let Scratch { weights, current, state, .. } = scratch;
+    largest_scores::<L>(weights, current, *state, &spans, &whole, problem.spec.softcap);
     for (q, span) in spans.iter().enumerate() {
         let weights = &mut scratch.weights[q * CHUNK..][..CHUNK];
         let current = &mut scratch.current[q * scratch.state..][..2];
@@ -469,10 +466,26 @@ unsafe fn scores<L: Lanes, E: Element, const Q: usize, const V: usize>(
     }
 }
 
+/// [`largest_score`] of each of the queries, to its current state: of all of them before anything else, so that one does not wait for
+/// another. States are `state` numbers.
+#[inline(always)]
+pub(super) fn largest_scores<L: Lanes>(
+    scores: &mut [f32],
+    current: &mut [f32],
+    state: usize,
+    spans: &[Range<usize>],
+    whole: &Range<usize>,
+    softcap: Option<f32>,
+) {
+    for (q, span) in spans.iter().enumerate() {
+        current[q * state] = largest_score::<L>(&mut scores[q * CHUNK..][..CHUNK], span, whole, softcap);
+    }
+}
+
 /// Gets a query's scores at `span` ready for [`weigh`], puts zeros everywhere else in the vectors `whole`, and returns the largest
 /// score.
 #[inline(always)]
-pub(super) fn largest_score<L: Lanes>(
+fn largest_score<L: Lanes>(
     scores: &mut [f32],
     span: &Range<usize>,
     whole: &Range<usize>,

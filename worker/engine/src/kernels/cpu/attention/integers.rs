@@ -13,7 +13,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::chunk::{CHUNK, MOST, Pages, Scratch, WIDTH, covering, largest_score, weigh};
+use super::chunk::{CHUNK, MOST, Pages, Scratch, WIDTH, covering, largest_scores, weigh};
 use super::{Problem, Unit};
 use crate::kernels::cpu::activations::{TILE_ROWS, grow, scale_of};
 use crate::kernels::cpu::cache::{Element, KvShape};
@@ -288,11 +288,8 @@ unsafe fn few<E: Element, const Q: usize>(
         for v in whole.clone().step_by(2) {
             few_scores::<E, Q>(&pages, v, scratch);
         }
-        let softcap = problem.spec.softcap;
-        for (query, span) in spans.iter().enumerate() {
-            let scores = &mut scratch.weights[query * CHUNK..][..CHUNK];
-            scratch.current[query * scratch.state] = largest_score::<V512>(scores, span, &whole, softcap);
-        }
+        let Scratch { weights, current, state, .. } = scratch;
+        largest_scores::<V512>(weights, current, *state, &spans, &whole, problem.spec.softcap);
         let mut units = [0.0; Q];
         for (query, span) in spans.iter().enumerate() {
             let weights = &mut scratch.weights[query * CHUNK..][..CHUNK];
@@ -682,11 +679,7 @@ unsafe fn sixteen<E: Element>(
 
         let tiles = whole.start / VECTORS..whole.end.div_ceil(VECTORS);
         let all = tiles.start * VECTORS..tiles.end * VECTORS;
-        // Each first of all queries, so that one does not wait for another.
-        for (q, span) in spans.iter().enumerate() {
-            let scores = &mut weights[q * CHUNK..][..CHUNK];
-            current[q * *state] = largest_score::<V512>(scores, span, &all, problem.spec.softcap);
-        }
+        largest_scores::<V512>(weights, current, *state, spans, &all, problem.spec.softcap);
         let (mut units, mut inverses) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
         for (q, span) in spans.iter().enumerate() {
             let weights = &mut weights[q * CHUNK..][..CHUNK];
@@ -695,6 +688,7 @@ unsafe fn sixteen<E: Element>(
             let weighed = weigh_values(weights, |v| scales.add(v * WIDTH), span, state[0]);
             (state[1], units[q], inverses[q]) = (weighed.sum, weighed.unit, weighed.inverse);
         }
+        // Not in the loop above, or one query would wait for another.
         for (q, &inverse) in inverses[..count].iter().enumerate() {
             let weights = &weights[q * CHUNK..][..CHUNK];
             for tile in tiles.clone() {
