@@ -242,7 +242,9 @@ async fn models(config: &Config) -> Result<Vec<Model>> {
     if paths.is_empty() {
         paths.push(model::default(config).await?);
     }
-    Ok(paths.into_iter().map(|path| Model::Burn(load_options(path, config))).collect())
+    let count = u32::try_from(paths.len()).ok();
+    let load = |path| Model::Burn(LoadOptions { models: count, ..load_options(path, config) });
+    Ok(paths.into_iter().map(load).collect())
 }
 
 /// How the engine is to load a model's files.
@@ -268,7 +270,7 @@ pub fn load_options(path: PathBuf, config: &Config) -> LoadOptions {
                 bar.finish_and_clear();
             }
         })),
-        path,
+        ..LoadOptions::new(path)
     }
 }
 

@@ -334,18 +334,7 @@ async fn no_job_is_taken_before_all_models_are_loaded() {
     let pipe = std::env::temp_dir().join(format!("stoker-pipe-{}", uuid::Uuid::new_v4()));
     assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let echo = EchoOptions { name: MODEL.into(), tokens: 8, delay: Duration::ZERO, slots: 8 };
-    let broken = LoadOptions {
-        path: pipe.clone(),
-        name: None,
-        backend: None,
-        slots: None,
-        threads: None,
-        context: None,
-        kv_positions: None,
-        speculation: None,
-        progress: None,
-    };
-    let models = vec![Model::Echo(echo), Model::Burn(broken)];
+    let models = vec![Model::Echo(echo), Model::Burn(LoadOptions::new(&pipe))];
     let starting = tokio::spawn(Worker::start(config(), fleet.ports(), models, None));
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(fleet.bus.workers().await.unwrap(), []);

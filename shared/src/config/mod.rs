@@ -205,8 +205,8 @@ pub struct Worker {
     pub threads: Option<u32>,
     /// Longest context, tokens; absent: the model's, as far as memory goes.
     pub context: Option<u32>,
-    /// Positions of the KV cache, of all jobs of a model together; absent: what a quarter of the free memory holds, as far as
-    /// slots could need it.
+    /// Positions of the KV cache, of all jobs of a model together; absent: what a quarter of the free memory holds, divided by
+    /// the number of models, as far as slots could need it.
     pub kv_positions: Option<u64>,
     /// Whether tokens are guessed from what a text repeats, which changes nothing but speed.
     pub speculation: bool,

@@ -23,15 +23,10 @@ impl Running {
     fn load(path: &str, speculation: bool) -> Self {
         let (sender, events) = channel();
         let options = LoadOptions {
-            path: path.into(),
-            name: None,
-            backend: None,
             slots: Some(16),
-            threads: None,
-            context: None,
             kv_positions: Some(16384),
             speculation: Some(speculation),
-            progress: None,
+            ..LoadOptions::new(path)
         };
         let sink = Box::new(move |step| drop(sender.send((Instant::now(), step))));
         Self { engine: load(options, sink).expect("the model loads"), events }

@@ -36,11 +36,31 @@ pub struct LoadOptions {
     /// Cached positions (all requests together), taken as they are; `None`: what a share of the host's free memory holds, as far
     /// as slots could need it.
     pub kv_positions: Option<u64>,
+    /// Models that are to run in this process, which divide that share among them; `None`: this one.
+    pub models: Option<u32>,
     /// Whether tokens are guessed from what the text repeats, and checked several in a step; it changes only speed, and is
     /// done only where it pays. `None`: yes.
     pub speculation: Option<bool>,
     /// Told how loading goes.
     pub progress: Option<Progress>,
+}
+
+impl LoadOptions {
+    /// The model of these files, with all that can be left open left open.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            name: None,
+            backend: None,
+            slots: None,
+            threads: None,
+            context: None,
+            kv_positions: None,
+            models: None,
+            speculation: None,
+            progress: None,
+        }
+    }
 }
 
 /// Why a model could not be loaded; says what to do.

@@ -20,7 +20,7 @@ use crate::{BackendKind, LoadError, LoadOptions, ModelInfo};
 
 /// Requests that decode together, unless the options say otherwise.
 const DEFAULT_SLOTS: u32 = 16;
-/// Most memory for the cache, as a share of what is free.
+/// Most memory for the caches of all models, as a share of what is free.
 const CACHE_SHARE: u64 = 4;
 /// What is taken to be free where nobody can say, bytes.
 const ASSUMED_FREE: u64 = 8 << 30;
@@ -47,7 +47,11 @@ pub(crate) fn set_up_checkpoint(
     let speculation = options.speculation.unwrap_or(true);
     let blocks = match options.kv_positions {
         Some(positions) => (positions as usize).div_ceil(BLOCK).max(1),
-        None => affordable_blocks(free_memory(), position_bytes(config, backend), wanted, slots as usize)?,
+        None => {
+            let share = free_memory().unwrap_or(ASSUMED_FREE) / CACHE_SHARE;
+            let share = share / u64::from(options.models.unwrap_or(1).max(1));
+            affordable_blocks(share, position_bytes(config, backend), wanted, slots as usize)?
+        }
     };
     let context = wanted.min(blocks * BLOCK);
     let mut info = ModelInfo {
@@ -142,24 +146,19 @@ fn load_on<B: Kernels>(
     Ok(model)
 }
 
-/// How many blocks the cache gets where nobody has said: what `slots` contexts could need, within a share of `free` bytes of
-/// memory. `position`: bytes of a position.
+/// How many blocks the cache gets where nobody has said: what `slots` contexts could need, within `share` bytes of memory.
+/// `position`: bytes of a position.
 ///
 /// # Errors
 /// If that is too little for a conversation.
-fn affordable_blocks(
-    free: Option<u64>,
-    position: usize,
-    context: usize,
-    slots: usize,
-) -> Result<usize, LoadError> {
-    let share = free.unwrap_or(ASSUMED_FREE) / CACHE_SHARE;
+fn affordable_blocks(share: u64, position: usize, context: usize, slots: usize) -> Result<usize, LoadError> {
     let blocks = (share as usize / (BLOCK * position)).min(context.div_ceil(BLOCK) * slots);
     let least = context.min(LEAST_POSITIONS);
     if blocks * BLOCK < least {
         return Err(LoadError::Memory(format!(
-            "{} MB of memory are left for the KV cache, a {CACHE_SHARE}th of what is free, and {least} positions take {} MB: \
-             free memory, raise the container's limit, choose a smaller model, or say how many positions there shall be",
+            "{} MB of memory are left for the KV cache, its part of a {CACHE_SHARE}th of what is free, and {least} positions take \
+             {} MB: free memory, raise the container's limit, choose a smaller model, serve fewer in one process, or say how many \
+             positions there shall be",
             share >> 20,
             (least * position).div_ceil(1 << 20),
         )));
@@ -217,17 +216,17 @@ mod tests {
 
     #[test]
     fn a_cache_is_as_large_as_memory_allows_and_slots_need() {
-        let blocks = |free, context, slots| affordable_blocks(Some(free), 1 << 10, context, slots);
-        assert_eq!(blocks(1 << 40, 1000, 3).unwrap(), 3 * 1000_usize.div_ceil(BLOCK));
-        // A quarter of 64 MB holds 16384 positions, less than one whole context.
-        assert_eq!(blocks(64 << 20, 100_000, 3).unwrap() * BLOCK, 16_384);
-        assert_eq!(blocks(1 << 20, 256, 1).unwrap() * BLOCK, 256);
+        let blocks = |share, context, slots| affordable_blocks(share, 1 << 10, context, slots);
+        assert_eq!(blocks(1 << 38, 1000, 3).unwrap(), 3 * 1000_usize.div_ceil(BLOCK));
+        // 16 MB hold 16384 positions, less than one whole context.
+        assert_eq!(blocks(16 << 20, 100_000, 3).unwrap() * BLOCK, 16_384);
+        assert_eq!(blocks(1 << 18, 256, 1).unwrap() * BLOCK, 256);
         assert_eq!(
-            blocks(1 << 19, 100, 1).unwrap(),
+            blocks(1 << 17, 100, 1).unwrap(),
             100_usize.div_ceil(BLOCK),
             "a short context needs no more"
         );
-        let LoadError::Memory(message) = blocks(1 << 19, 100_000, 3).unwrap_err() else { panic!() };
+        let LoadError::Memory(message) = blocks(1 << 17, 100_000, 3).unwrap_err() else { panic!() };
         assert!(message.starts_with("0 MB of memory") && message.contains("256 positions"), "{message}");
         assert!(blocks(0, 1, 1).is_err());
     }
@@ -238,24 +237,22 @@ mod tests {
         let mut file = Gguf::tiny(&["H", "e"]);
         file.set("llama.context_length", Value::U32(1 << 28));
         let directory = TempDir::new();
-        let options = LoadOptions {
-            path: directory.write("model.gguf", &file.bytes()),
-            name: None,
-            backend: Some(BackendKind::Cpu),
-            slots: None,
-            threads: Some(1),
-            context: None,
-            kv_positions: None,
-            speculation: None,
-            progress: None,
-        };
+        let path = directory.write("model.gguf", &file.bytes());
+        let config = Checkpoint::open(&path).unwrap().config().clone();
         let free = free_memory().unwrap_or(ASSUMED_FREE);
-        let engine = crate::load(options, Box::new(drop)).unwrap();
-        let positions = engine.stats().kv_total;
-        let config = Checkpoint::open(&directory.0.join("model.gguf")).unwrap().config().clone();
-        let bytes = positions * position_bytes(&config, BackendKind::Cpu) as u64;
         // Other tests may have given memory back meanwhile.
-        assert!(bytes < free / 2, "{bytes} bytes of cache in {free}");
-        assert!(u64::from(engine.info().context) <= positions);
+        for (models, most) in [(None, free / 2), (Some(4), free / 8)] {
+            let options = LoadOptions {
+                backend: Some(BackendKind::Cpu),
+                threads: Some(1),
+                models,
+                ..LoadOptions::new(&path)
+            };
+            let engine = crate::load(options, Box::new(drop)).unwrap();
+            let positions = engine.stats().kv_total;
+            let bytes = positions * position_bytes(&config, BackendKind::Cpu) as u64;
+            assert!(bytes < most, "{bytes} bytes of cache in {free} for one of {models:?} models");
+            assert!(u64::from(engine.info().context) <= positions);
+        }
     }
 }

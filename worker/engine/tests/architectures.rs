@@ -29,15 +29,11 @@ fn folder(model: &str) -> PathBuf {
 
 fn options(model: &str) -> LoadOptions {
     LoadOptions {
-        path: folder(model),
-        name: None,
         backend: Some(BackendKind::Cpu),
         slots: Some(2),
         threads: Some(2),
-        context: None,
         kv_positions: Some(512),
-        speculation: None,
-        progress: None,
+        ..LoadOptions::new(folder(model))
     }
 }
 

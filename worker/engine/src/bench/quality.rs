@@ -54,15 +54,11 @@ pub fn quality(load: &LoadOptions, text: &str, report: &mut dyn FnMut(Quality)) 
     let expected = expected.collect::<Result<Vec<_>, _>>()?;
     for (backend, isa) in kernels(load.backend) {
         let load = LoadOptions {
-            path: load.path.clone(),
-            name: None,
             backend: Some(backend),
             slots: Some(1),
             threads: load.threads,
-            context: None,
             kv_positions: Some(piece as u64),
-            speculation: None,
-            progress: None,
+            ..LoadOptions::new(&load.path)
         };
         let mut probe = Probe::load_on(isa, load)?;
         let mut score = Score::default();

@@ -9,15 +9,10 @@ use stoker_engine::*;
 /// The default model on the CPU, with a small cache.
 pub fn options() -> LoadOptions {
     LoadOptions {
-        path: super::smollm2(),
-        name: None,
         backend: Some(BackendKind::Cpu),
         slots: Some(8),
-        threads: None,
-        context: None,
         kv_positions: Some(8192),
-        speculation: None,
-        progress: None,
+        ..LoadOptions::new(super::smollm2())
     }
 }
 
