@@ -64,10 +64,7 @@ impl Dispatch {
     /// Submits a job for a client that is connected and waits. `only_end`: it does not read as the text comes.
     pub async fn connect(self: &Arc<Self>, intent: Intent, only_end: bool) -> Result<Ticket, JobError> {
         if !self.inbox.listening() {
-            return Err(JobError::new(
-                code::SERVICE_UNAVAILABLE,
-                "the fleet's bus can't be reached; try again",
-            ));
+            return Err(JobError::out_of_reach("bus"));
         }
         let model = self.router.route(intent.job.model_name(), Patience::Connected).await?;
         let accepted = intent.accepted;
@@ -286,9 +283,7 @@ pub fn refusal(error: &PublishError, model: &Model) -> JobError {
             code::SERVICE_UNAVAILABLE,
             "the broker did not confirm the job in time; it was cancelled, try again",
         ),
-        PublishError::Port(_) => {
-            JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's broker can't be reached; try again")
-        }
+        PublishError::Port(_) => JobError::out_of_reach("broker"),
     }
 }
 
@@ -300,5 +295,5 @@ async fn in_time<T>(answer: impl Future<Output = PortResult<T>>) -> Result<T, Jo
 
 fn ledger_down(said: &str) -> JobError {
     tracing::warn!("the ledger is unavailable: {said}");
-    JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's database can't be reached; try again")
+    JobError::out_of_reach("database")
 }

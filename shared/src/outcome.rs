@@ -76,6 +76,11 @@ impl JobError {
     pub fn field(code: &str, param: impl Into<String>, message: impl Into<String>) -> Self {
         Self { code: code.into(), message: message.into(), param: Some(param.into()) }
     }
+
+    /// What the fleet needs, its bus, say, is down for now.
+    pub fn out_of_reach(what: &str) -> Self {
+        Self::new(code::SERVICE_UNAVAILABLE, format!("the fleet's {what} can't be reached; try again"))
+    }
 }
 
 /// The words that [`JobError::code`] holds.

@@ -118,7 +118,7 @@ async fn cancelled(app: &App, headers: &HeaderMap, id: &str) -> Result<Response,
             let ttl = deadline(&row).saturating_duration_since(Instant::now()) + GRACE;
             app.dispatch.ports.bus.cancel(row.key, ttl).await.map_err(|e| {
                 tracing::warn!(job = %row.key, "can't cancel: {e}");
-                JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's bus can't be reached; try again")
+                JobError::out_of_reach("bus")
             })?;
             "cancelling"
         }

@@ -22,7 +22,7 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use metrics::counter;
 use metrics_exporter_prometheus::PrometheusHandle;
-use stoker_shared::outcome::{JobError, code};
+use stoker_shared::outcome::JobError;
 use stoker_shared::ports::UsageSummary;
 use stoker_shared::telemetry::metric;
 use tokio_util::sync::CancellationToken;
@@ -60,10 +60,7 @@ impl App {
             Ok(Ok(usage)) => Ok(usage),
             failed => {
                 tracing::warn!("usage can't be summed up: {failed:?}");
-                Err(JobError::new(
-                    code::SERVICE_UNAVAILABLE,
-                    "the fleet's database can't be reached; try again",
-                ))
+                Err(JobError::out_of_reach("database"))
             }
         }
     }

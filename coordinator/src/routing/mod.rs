@@ -41,7 +41,8 @@ impl Router {
     ///
     /// # Errors
     /// `model_not_found` for a model that nobody knows; `model_unavailable` for one that nothing serves, or when no
-    /// model at all is known yet; `service_unavailable` while the bus, which knows the workers, can't be reached.
+    /// model at all is known yet; `service_unavailable` while the bus, which knows the workers, or the
+    /// broker, which knows the queues, can't be reached.
     pub async fn route(&self, name: Option<&str>, patience: Patience) -> Result<Arc<Model>, JobError> {
         let mut found = self.find(&self.registry.snapshot(), name, patience);
         if found.as_ref().is_err_and(|e| e.code != code::SERVICE_UNAVAILABLE) {
@@ -53,7 +54,7 @@ impl Router {
             // What the bus has forgotten, the broker may still know.
             (Err(e), Some(name)) if e.code == code::MODEL_NOT_FOUND && patience == Patience::Queued => {
                 let queue = self.registry.queue_of(name).await;
-                queue.map_err(|_| stale())?.ok_or(e)
+                queue.map_err(|_| JobError::out_of_reach("broker"))?.ok_or(e)
             }
             (found, _) => found,
         }
@@ -66,13 +67,13 @@ impl Router {
         patience: Patience,
     ) -> Result<Arc<Model>, JobError> {
         if patience == Patience::Connected && snapshot.is_stale() {
-            return Err(stale());
+            return Err(JobError::out_of_reach("bus"));
         }
         let Some(name) = name else { return self.choose(snapshot) };
         match snapshot.models.get(name) {
             Some(m) if m.takes_jobs() || patience == Patience::Queued => Ok(m.clone()),
             Some(_) => Err(unavailable(format!("no worker serves the model {name:?} now"))),
-            None if snapshot.is_stale() => Err(stale()),
+            None if snapshot.is_stale() => Err(JobError::out_of_reach("bus")),
             None if snapshot.models.is_empty() => Err(unavailable("no model is registered yet".into())),
             None => {
                 let message = format!("the model {name:?} does not exist; see GET /v1/models");
@@ -92,10 +93,6 @@ impl Router {
             .or_else(|| pick(&|m| m.configured))
             .ok_or_else(|| unavailable("no worker serves any model now".into()))
     }
-}
-
-fn stale() -> JobError {
-    JobError::new(code::SERVICE_UNAVAILABLE, "the fleet's bus can't be reached; try again")
 }
 
 fn unavailable(message: String) -> JobError {
