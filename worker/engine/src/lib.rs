@@ -6,6 +6,7 @@
 mod api;
 mod batch;
 pub mod bench;
+mod deep;
 mod detokenize;
 mod echo;
 mod engine;

@@ -101,12 +101,14 @@ fn on_backend(
         BackendKind::Wgpu => {
             info.backend = "wgpu".into();
             info.device = gpu::wgpu::device().map_err(|reason| no_device("wgpu", &reason))?.name;
+            check_heads(&checkpoint, &options)?;
             load_on::<gpu::wgpu::Wgpu>((), Default::default(), checkpoint, options, blocks)
         }
         #[cfg(feature = "cuda")]
         BackendKind::Cuda => {
             info.backend = "cuda".into();
             info.device = gpu::cuda::device().map_err(|reason| no_device("cuda", &reason))?.name;
+            check_heads(&checkpoint, &options)?;
             load_on::<gpu::cuda::Cuda>((), Default::default(), checkpoint, options, blocks)
         }
         #[allow(unreachable_patterns)] // with all features
@@ -117,6 +119,17 @@ fn on_backend(
             Err(LoadError::Backend(message))
         }
     }
+}
+
+/// Heads that the GPUs' attention does not take.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+fn check_heads(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<(), LoadError> {
+    let width = checkpoint.config().head_dim;
+    if gpu::takes_heads(width) {
+        return Ok(());
+    }
+    let message = format!("heads of {width} elements are too wide for the GPU kernels: use the cpu backend");
+    Err(LoadError::Unsupported { path: options.path.clone(), message })
 }
 
 #[cfg(any(feature = "wgpu", feature = "cuda"))]

@@ -4,11 +4,10 @@
 //! conventions hold here: block lines leave no blank line, `raise_exception`, `strftime_now` and `tojson` exist, strings
 //! and mappings have Python's methods, and `messages`, `bos_token`, `eos_token` and `add_generation_prompt` are set.
 //!
-//! A template is a program from the model's file. It can reach nothing but its arguments, and its steps are counted, so
-//! that it can't run for ever; how much text a step makes is not bounded.
+//! A template is a program from the model's file. It can reach nothing but its arguments, its steps and the text that it
+//! makes are counted, so that it can't run for ever, and it is read and run on a deep stack, whatever it nests.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use minijinja::value::Kwargs;
@@ -17,6 +16,7 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::Serialize;
 use time::OffsetDateTime;
 
+use crate::deep::{LONGEST_TEXT, on_deep_stack};
 use crate::weights::Fault;
 use crate::{ChatMessage, RequestError, RequestErrorKind};
 
@@ -25,9 +25,9 @@ const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }
                       {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '' }}{% endif %}";
 /// The one template's name.
 const NAME: &str = "chat_template";
-/// Steps that a template may take, and so many more per message: far more than any needs, and less than a second.
-const FUEL: u64 = 2_000_000;
-const FUEL_PER_MESSAGE: u64 = 10_000;
+/// Steps that a template may take (64 bytes of text count as one): enough for 20,000 messages, less than a second, and so few
+/// that the deepest value they can make fits the stack.
+const FUEL: u64 = 4_000_000;
 
 /// A model's chat template.
 #[derive(Clone, Debug)]
@@ -40,48 +40,62 @@ pub struct ChatTemplate {
 impl ChatTemplate {
     /// Reads a template; `None`: ChatML. `bos`, `eos`: the model's begin and end tokens as text.
     pub(crate) fn new(source: Option<&str>, bos: &str, eos: &str) -> Result<Self, Fault> {
-        let mut env = Environment::new();
-        let syntax = env.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build();
-        env.set_syntax(syntax.map_err(|e| Fault::Unsupported(e.to_string()))?);
-        env.set_unknown_method_callback(unknown_method_callback);
-        env.add_function("raise_exception", raise_exception);
-        env.add_function("strftime_now", strftime_now);
-        env.add_filter("tojson", to_json);
-        env.add_template_owned(NAME, without_generation_marks(source.unwrap_or(CHATML)))
-            .map_err(|e| Fault::Unsupported(format!("the chat template can't be read: {}", explain(&e))))?;
-        Ok(Self { environment: Arc::new(env), bos: bos.into(), eos: eos.into() })
+        let source = source.unwrap_or(CHATML);
+        if source.len() > LONGEST_TEXT {
+            let message = format!("a chat template of {} bytes; {LONGEST_TEXT} are the most", source.len());
+            return Err(Fault::Unsupported(message));
+        }
+        let environment = on_deep_stack("template", || environment(source))
+            .unwrap_or_else(|_| Err("the library fails on it".into()))
+            .map_err(|e| Fault::Unsupported(format!("the chat template can't be read: {e}")))?;
+        Ok(Self { environment: Arc::new(environment), bos: bos.into(), eos: eos.into() })
     }
 
     /// The prompt that asks for the assistant's next turn.
     ///
     /// The date is today's where a template asks for it (in UTC), so a prompt can differ from one day to the next.
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String, RequestError> {
-        let message = |m: &ChatMessage| context! { role => m.role.as_str(), content => m.content.as_str() };
-        let list: Vec<Value> = messages.iter().map(message).collect();
-        let render = || {
-            let mut env = (*self.environment).clone();
-            env.set_fuel(Some(FUEL + FUEL_PER_MESSAGE * messages.len() as u64));
-            env.get_template(NAME)?.render(context! {
-                messages => list,
-                bos_token => self.bos.as_str(),
-                eos_token => self.eos.as_str(),
-                add_generation_prompt => true,
-                tools => (),
-                documents => (),
-            })
-        };
-        // The library has panicked on odd templates before; nothing of it outlives the call.
-        let result = catch_unwind(AssertUnwindSafe(render));
+        // What the template made goes where it was made: letting go of it descends, too.
+        let result = on_deep_stack("template", || self.run(messages).map_err(|e| (e.kind(), explain(&e))));
         let message = match result {
             Ok(Ok(text)) => return Ok(text),
-            Ok(Err(e)) if e.kind() == ErrorKind::OutOfFuel => {
+            Ok(Err((ErrorKind::OutOfFuel, _))) => {
                 "the model's chat template takes too many steps for these messages".into()
             }
-            Ok(Err(e)) => format!("the model's chat template does not take these messages: {}", explain(&e)),
+            Ok(Err((_, why))) => format!("the model's chat template does not take these messages: {why}"),
+            // The library has panicked on odd templates before.
             Err(_) => "the model's chat template fails on these messages".into(),
         };
         Err(RequestError { kind: RequestErrorKind::Invalid, message })
     }
+
+    fn run(&self, messages: &[ChatMessage]) -> Result<String, Error> {
+        let message = |m: &ChatMessage| context! { role => m.role.as_str(), content => m.content.as_str() };
+        let list: Vec<Value> = messages.iter().map(message).collect();
+        let mut env = (*self.environment).clone();
+        env.set_fuel(Some(FUEL));
+        env.get_template(NAME)?.render(context! {
+            messages => list,
+            bos_token => self.bos.as_str(),
+            eos_token => self.eos.as_str(),
+            add_generation_prompt => true,
+            tools => (),
+            documents => (),
+        })
+    }
+}
+
+/// The template, read, with what it may call.
+fn environment(source: &str) -> Result<Environment<'static>, String> {
+    let mut env = Environment::new();
+    let syntax = env.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build();
+    env.set_syntax(syntax.map_err(|e| e.to_string())?);
+    env.set_unknown_method_callback(unknown_method_callback);
+    env.add_function("raise_exception", raise_exception);
+    env.add_function("strftime_now", strftime_now);
+    env.add_filter("tojson", to_json);
+    env.add_template_owned(NAME, without_generation_marks(source)).map_err(|e| explain(&e))?;
+    Ok(env)
 }
 
 /// An error in one line.
@@ -284,6 +298,28 @@ mod tests {
                 "{source}"
             );
         }
+    }
+
+    #[test]
+    fn what_nests_as_deep_as_a_file_may_is_read_or_refused() {
+        let most = LONGEST_TEXT - 16;
+        for (part, end) in
+            [("not ", "x"), ("-", "1"), ("1 + ", "1"), ("x.a", ""), ("x|f", ""), ("(", "1"), ("[", "")]
+        {
+            let source = format!("{{{{ {}{end} }}}}", part.repeat(most / part.len()));
+            // Most can be read: nothing but the length of the text is against them.
+            drop(ChatTemplate::new(Some(&source), "", ""));
+        }
+        let branches = "{% elif x %}".repeat(most / 12 - 2);
+        assert!(ChatTemplate::new(Some(&format!("{{% if x %}}{branches}{{% endif %}}")), "", "").is_ok());
+        assert!(ChatTemplate::new(Some(&"x".repeat(LONGEST_TEXT + 1)), "", "").is_err());
+    }
+
+    #[test]
+    fn the_deepest_value_that_a_template_can_make_is_let_go_of() {
+        let source = "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% for j in range(9999) %}\
+                      {% set ns.x = [ns.x] %}{% endfor %}{% endfor %}";
+        assert!(render(source, &[]).unwrap_err().message.contains("too many steps"));
     }
 
     /// `templates.json` holds templates with the constructs that models' templates are made of, and what Python makes of

@@ -220,6 +220,15 @@ fn a_form_that_makes_no_sense_is_refused_saying_why() {
         "start: t0\n{}t3000: \"a\"",
         (0..3000).map(|i| format!("t{i}: \"a\" t{}\n", i + 1)).collect::<String>()
     );
+    // Each definition is two of the one before: a gigabyte from three kilobytes.
+    let below = |i: usize| format!("{{\"type\": \"array\", \"$ref\": \"#/$defs/a{i}\"}}");
+    let definitions: Vec<_> = (1..30)
+        .map(|i| format!("\"a{i}\": {{\"type\": \"array\", \"prefixItems\": [{0}, {0}]}}", below(i - 1)))
+        .collect();
+    let doubling = format!(
+        "{{\"$ref\": \"#/$defs/a29\", \"$defs\": {{\"a0\": {{\"type\": \"array\"}}, {}}}}}",
+        definitions.join(", ")
+    );
     for (constraint, why) in [
         (json("{"), "EOF"),
         (json("[]"), "object"),
@@ -239,6 +248,9 @@ fn a_form_that_makes_no_sense_is_refused_saying_why() {
         (Constraint::Lark("start: start".into()), "nothing fits"),
         (Constraint::Lark("start: <|im_start|>".into()), "fails"),
         (Constraint::Lark("start: %json { \"multipleOf\": 1234567 }".into()), "multipleOf"),
+        (Constraint::Lark("start: %json { \"multiple\\u004ff\": 1234567 }".into()), "multipleOf"),
+        (json(&doubling), "merged"),
+        (Constraint::Lark(format!("start: %json {doubling}")), "merged"),
         (Constraint::Lark(format!("start: {}\"a\"{}", "(".repeat(9000), ")".repeat(9000))), "nested"),
     ] {
         let heard = listener.run_one(request(0, "Hi", Some(constraint.clone())));

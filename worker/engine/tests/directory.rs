@@ -374,18 +374,27 @@ fn what_is_wrong_is_named() {
 
 #[test]
 fn wrong_tokenizers_are_refused() {
-    let error = |change: fn(&mut Value)| {
+    let error = |change: &dyn Fn(&mut Value)| {
         let directory = whole(Dtype::F32);
         let mut json = tokenizer_json();
         change(&mut json);
         write_json(&directory, "tokenizer.json", &json);
         open(&directory).unwrap().tokenizer().unwrap_err().to_string()
     };
-    assert!(error(|j| j["model"]["vocab"]["far"] = 5000.into()).contains("beyond the model's embedding"));
-    assert!(error(|j| j["model"]["merges"] = json!([["h", "zz"]])).contains("tokenizer.json"));
-    assert!(error(|j| j["model"]["continuing_subword_prefix"] = "##".into()).contains("prefix"));
-    assert!(error(|j| *j = json!(7)).contains("tokenizer.json"));
-    assert!(error(|j| j["post_processor"]["special_tokens"] = json!({})).contains("do not fit together"));
+    assert!(error(&|j| j["model"]["vocab"]["far"] = 5000.into()).contains("beyond the model's embedding"));
+    assert!(error(&|j| j["model"]["merges"] = json!([["h", "zz"]])).contains("tokenizer.json"));
+    let doubled = json!({ "type": "Replace", "pattern": { "String": "a" }, "content": "aa" });
+    let doubled = json!({ "type": "Sequence", "normalizers": vec![doubled; 40] });
+    assert!(error(&|j| j["normalizer"] = doubled.clone()).contains("much longer"));
+    let many = json!({
+        "type": "TemplateProcessing", "pair": [],
+        "single": vec![json!({ "SpecialToken": { "id": "<s>", "type_id": 0 } }); 1000],
+        "special_tokens": { "<s>": { "id": "<s>", "ids": vec![257; 1000], "tokens": vec!["<s>"; 1000] } },
+    });
+    assert!(error(&|j| j["post_processor"] = many.clone()).contains("very many tokens"));
+    assert!(error(&|j| j["model"]["continuing_subword_prefix"] = "##".into()).contains("prefix"));
+    assert!(error(&|j| *j = json!(7)).contains("tokenizer.json"));
+    assert!(error(&|j| j["post_processor"]["special_tokens"] = json!({})).contains("do not fit together"));
     let directory = whole(Dtype::F32);
     std::fs::remove_file(directory.0.join("tokenizer.json")).unwrap();
     let missing = open(&directory).unwrap().tokenizer().unwrap_err();

@@ -7,6 +7,11 @@ use serde_json::Value;
 use super::{Begin, Encoder, TokenKind, Tokenizer, byte_level_piece, byte_token, is_mark, spm_piece};
 use crate::weights::Fault;
 
+/// How many times as long a normalizer may make a text: known ones make each blank three bytes long.
+const GREATEST_GROWTH: f64 = 256.0;
+/// Tokens that a post-processor may put around a text.
+const MOST_AROUND: usize = 64;
+
 /// What the files beside `tokenizer.json` say.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Special {
@@ -41,6 +46,12 @@ fn build(bytes: &[u8], special: &Special, limit: usize) -> Result<Tokenizer, Fau
         for token in added.iter_mut().filter(|token| token["content"].as_str().is_some_and(is_mark)) {
             token["special"] = true.into();
         }
+    }
+    if growth(&json["normalizer"]) > GREATEST_GROWTH {
+        return Err(Fault::Unsupported("tokenizer.json: a normalizer that makes texts much longer".into()));
+    }
+    if added_around(&json["post_processor"]) > MOST_AROUND {
+        return Err(Fault::Unsupported("tokenizer.json: a template of very many tokens".into()));
     }
     let byte_level = mentions(&json["decoder"], "ByteLevel");
     let mut library: tokenizers::Tokenizer = serde_json::from_value(json).map_err(|e| bad(&e))?;
@@ -80,4 +91,39 @@ fn build(bytes: &[u8], special: &Special, limit: usize) -> Result<Tokenizer, Fau
 fn mentions(part: &Value, kind: &str) -> bool {
     part["type"] == kind
         || part["decoders"].as_array().is_some_and(|all| all.iter().any(|d| mentions(d, kind)))
+}
+
+/// How many times as long a normalizer can make a text of at least one byte; from above.
+fn growth(normalizer: &Value) -> f64 {
+    let len = |value: &Value| value.as_str().map_or(0, str::len) as f64;
+    match normalizer["type"].as_str() {
+        Some("Sequence") => normalizer["normalizers"].as_array().into_iter().flatten().map(growth).product(),
+        Some("Prepend") => 1.0 + len(&normalizer["prepend"]),
+        Some("Replace") => {
+            let content = len(&normalizer["content"]);
+            match len(&normalizer["pattern"]["String"]) {
+                // An expression, or nothing: it may fit between any two characters.
+                0.0 => 1.0 + content,
+                pattern => (content / pattern).max(1.0),
+            }
+        }
+        // A table of its own: as long as it likes.
+        Some("Precompiled") => f64::INFINITY,
+        // Once: each next time there is nothing left to do.
+        Some("NFC" | "NFD" | "NFKC" | "NFKD" | "Lowercase" | "Strip" | "StripAccents" | "Nmt") | None => 1.0,
+        Some(_) => 3.0,
+    }
+}
+
+/// How many tokens a post-processor can put around a text; from above.
+fn added_around(processor: &Value) -> usize {
+    let all = |value: &Value, each: &dyn Fn(&Value) -> usize| -> usize {
+        value.as_array().into_iter().flatten().map(each).fold(0, usize::saturating_add)
+    };
+    let piece = |piece: &Value| match piece["SpecialToken"]["id"].as_str() {
+        Some(id) => processor["special_tokens"][id]["ids"].as_array().map_or(1, Vec::len),
+        None => 0,
+    };
+    let own = all(&processor["single"], &piece).saturating_add(all(&processor["pair"], &piece));
+    own.saturating_add(all(&processor["processors"], &added_around))
 }

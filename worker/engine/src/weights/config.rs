@@ -147,6 +147,11 @@ impl ModelConfig {
         if gguf.uint(&key("expert_count")).is_some_and(|n| n > 0) {
             return Err(Fault::Unsupported("a mixture of experts".into()));
         }
+        for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            if gguf.float(&key(name)).is_some_and(|cap| cap != 0.0) {
+                return Err(Fault::Unsupported(key(name)));
+            }
+        }
         if let Some(base) = gguf.float(&key("rope.freq_base")) {
             c.rope_base = base as f32;
         }
@@ -156,7 +161,16 @@ impl ModelConfig {
         c.rope_style = if arch == "llama" { RopeStyle::Interleaved } else { RopeStyle::Half };
         c.norm_eps = gguf.float(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-5) as f32;
         if arch == "gemma3" {
-            c.sliding_window = gguf.uint(&key("attention.sliding_window")).map(|n| n as usize);
+            c.sliding_window =
+                gguf.uint(&key("attention.sliding_window")).filter(|n| *n > 0).map(|n| n as usize);
+            let pattern = key("attention.sliding_window_pattern");
+            match gguf.uint(&pattern) {
+                Some(n) => c.sliding_pattern = Some(n as usize).filter(|n| *n > 0),
+                None if gguf.has_key(&pattern) => {
+                    return Err(Fault::Unsupported(format!("{pattern} is a list")));
+                }
+                None => {}
+            }
         }
         let mut c = c.finish(None)?;
         // As llama.cpp reads it: old files have a factor without a type, which is linear, or by another name.
@@ -209,6 +223,7 @@ impl ModelConfig {
             ("heads", self.heads, 1 << 12),
             ("key and value heads", self.kv_heads, 1 << 12),
             ("head width", self.head_dim, 1 << 12),
+            ("width of all heads", self.heads * self.head_dim, 1 << 17),
             ("feed-forward size", self.ffn, 1 << 20),
             ("context", self.context, 1 << 28),
         ];
@@ -255,28 +270,72 @@ fn size(name: &str, value: Option<u64>) -> Result<usize, Fault> {
 
 #[cfg(test)]
 mod tests {
+    use super::ModelConfig;
+    use crate::LoadError;
     use crate::common::TempDir;
     use crate::common::gguf::{Gguf, Value};
     use crate::weights::Checkpoint;
 
+    /// The configuration of a tiny file of an architecture with these entries besides.
+    fn read(architecture: &str, entries: &[(&str, Value)]) -> Result<ModelConfig, LoadError> {
+        let mut file = Gguf::tiny(&["a"]);
+        file.set("general.architecture", Value::String(architecture.into()));
+        for (name, _) in &mut file.metadata {
+            *name = name.replace("llama.", &format!("{architecture}."));
+        }
+        if architecture == "gemma3" {
+            for (name, width) in
+                [("attn_q_norm", 16), ("attn_k_norm", 16), ("post_attention_norm", 32), ("post_ffw_norm", 32)]
+            {
+                file.tensor(&format!("blk.0.{name}.weight"), &[width], &vec![1.0; width]);
+            }
+        }
+        for (name, value) in entries {
+            file.set(&format!("{architecture}.{name}"), value.clone());
+        }
+        let directory = TempDir::new();
+        Ok(Checkpoint::open(&directory.write("model.gguf", &file.bytes()))?.config().clone())
+    }
+
     #[test]
     fn a_factor_without_a_type_is_linear_scaling_as_in_old_files() {
         let factor = |entries: &[(&str, Value)]| {
-            let mut file = Gguf::tiny(&["a"]);
-            for (name, value) in entries {
-                file.set(&format!("llama.rope.{name}"), value.clone());
-            }
-            let directory = TempDir::new();
-            let checkpoint = Checkpoint::open(&directory.write("model.gguf", &file.bytes())).unwrap();
-            checkpoint.config().rope_factors.as_ref().map(|factors| factors[0])
+            read("llama", entries).unwrap().rope_factors.map(|factors| factors[0])
         };
         let none = Value::String("none".into());
         assert_eq!(factor(&[]), None);
-        assert_eq!(factor(&[("scale_linear", Value::F32(4.0))]), Some(4.0));
-        assert_eq!(factor(&[("scaling.factor", Value::F32(2.0))]), Some(2.0));
-        assert_eq!(factor(&[("scaling.factor", Value::F32(2.0)), ("scaling.type", none)]), None);
+        assert_eq!(factor(&[("rope.scale_linear", Value::F32(4.0))]), Some(4.0));
+        assert_eq!(factor(&[("rope.scaling.factor", Value::F32(2.0))]), Some(2.0));
+        assert_eq!(factor(&[("rope.scaling.factor", Value::F32(2.0)), ("rope.scaling.type", none)]), None);
         for nothing in [0.0, 1.0] {
-            assert_eq!(factor(&[("scale_linear", Value::F32(nothing))]), None);
+            assert_eq!(factor(&[("rope.scale_linear", Value::F32(nothing))]), None);
         }
+    }
+
+    #[test]
+    fn gemmas_windows_are_read_as_llama_cpp_reads_them() {
+        let windows = |entries: &[(&str, Value)]| {
+            let c = read("gemma3", entries).unwrap();
+            (c.sliding_window, c.sliding_pattern)
+        };
+        let (window, pattern) = ("attention.sliding_window", "attention.sliding_window_pattern");
+        assert_eq!(windows(&[(window, Value::U32(512))]), (Some(512), Some(6)));
+        assert_eq!(windows(&[(window, Value::U32(0))]), (None, Some(6)), "0: no window");
+        assert_eq!(windows(&[(window, Value::U32(8)), (pattern, Value::U32(3))]), (Some(8), Some(3)));
+        assert_eq!(
+            windows(&[(window, Value::U32(8)), (pattern, Value::U32(0))]),
+            (Some(8), None),
+            "0: in all"
+        );
+        let list = read("gemma3", &[(pattern, Value::I32s(vec![1, 0]))]);
+        assert!(matches!(list, Err(LoadError::Unsupported { .. })));
+    }
+
+    #[test]
+    fn caps_on_logits_are_refused_unless_they_are_none() {
+        let cap = |cap| read("gemma3", &[("final_logit_softcapping", Value::F32(cap))]);
+        assert!(cap(0.0).is_ok());
+        let error = cap(30.0).unwrap_err();
+        assert!(matches!(&error, LoadError::Unsupported { .. }), "{error}");
     }
 }

@@ -25,10 +25,21 @@ pub fn read(json: &Value) -> Result<ModelConfig, Fault> {
     c.layers = size("num_hidden_layers")?;
     c.hidden = size("hidden_size")?;
     c.ffn = size("intermediate_size")?;
-    c.context = size("max_position_embeddings")?;
-    c.heads = size("num_attention_heads")?;
-    c.kv_heads = if text["num_key_value_heads"].is_null() { c.heads } else { size("num_key_value_heads")? };
-    c.head_dim = if text["head_dim"].is_null() { c.hidden / c.heads } else { size("head_dim")? };
+    let size_or = |name: &str, default: Option<usize>| match default {
+        Some(default) if text[name].is_null() => Ok(default),
+        _ => size(name),
+    };
+    // Google's files for Gemma 3 leave out what is as in Hugging Face's Gemma3TextConfig.
+    let gemma = architecture == "gemma3";
+    c.context = size_or("max_position_embeddings", gemma.then_some(131_072))?;
+    c.heads = size_or("num_attention_heads", gemma.then_some(8))?;
+    c.kv_heads = size_or("num_key_value_heads", Some(if gemma { 4 } else { c.heads }))?;
+    let head_dim = match architecture {
+        "gemma3" => 256,
+        "qwen3" => 128,
+        _ => c.hidden / c.heads,
+    };
+    c.head_dim = size_or("head_dim", Some(head_dim))?;
     c.norm_eps = text["rms_norm_eps"].as_f64().unwrap_or(1e-6) as f32;
     let activation = text["hidden_activation"].as_str().or(text["hidden_act"].as_str());
     match (architecture, activation) {
@@ -182,6 +193,23 @@ mod tests {
         assert_eq!((c.rope_base, c.rope_base_local), (500_000.0, Some(10_000.0)));
     }
 
+    /// The texts' part of gemma-3-4b-it's file.
+    #[test]
+    fn gemma_3_leaves_out_what_is_as_in_hugging_faces_class() {
+        let c = read(&json!({
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+                "rope_scaling": { "factor": 8.0, "rope_type": "linear" }, "sliding_window": 1024,
+            },
+        }))
+        .unwrap();
+        assert_eq!((c.heads, c.kv_heads, c.head_dim, c.context), (8, 4, 256, 131_072));
+        assert_eq!((c.norm_eps, c.rope_base, c.rope_base_local), (1e-6, 1e6, Some(1e4)));
+        assert_eq!((c.sliding_window, c.sliding_pattern, c.attention_scale), (Some(1024), Some(6), 0.0625));
+        assert_eq!(c.rope_factors, Some(vec![8.0; 128]));
+    }
+
     #[test]
     fn what_does_not_run_is_refused() {
         for (key, value) in [
@@ -200,6 +228,7 @@ mod tests {
             ("hidden_size", json!(-1)),
             ("num_attention_heads", json!(3)),
             ("head_dim", json!(1u64 << 60)),
+            ("head_dim", json!(1u64 << 18)),
             ("num_hidden_layers", json!(1u64 << 40)),
             ("rope_theta", json!(0.0)),
             ("rope_scaling", json!({"type": "linear"})),

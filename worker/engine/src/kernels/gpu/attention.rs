@@ -20,7 +20,7 @@ use super::{BLOCK, cubes, dims, empty, lanes};
 use crate::kernels::Heads;
 
 /// Units of a cube.
-const UNITS: usize = 128;
+pub(super) const UNITS: usize = 128;
 /// Positions of a chunk; a multiple of [`BLOCK`].
 pub(super) const CHUNK: usize = 256;
 /// Most query heads that a cube handles of one row.
@@ -308,7 +308,7 @@ impl<R: CubeRuntime> Call<'_, R> {
     fn launch(&self, out: CubeTensor<R>, tiles: Tiles, rows: usize, chunks: usize) {
         let lanes = lanes(self.heads.dim);
         let plan = Plan::new(self.heads, lanes, rows, chunks > 1);
-        assert!(lanes > 1 && plan.dim <= UNITS, "heads are an even number of elements wide, and at most 512");
+        assert!(super::takes_heads(self.heads.dim), "loading refuses other heads");
         let window = self.heads.window.map_or(NO_WINDOW, |window| (window as u32).min(NO_WINDOW));
         // SAFETY: tiles are rows of the step, every position of which has a block; `out` has room for each row's heads, or
         // for each chunk's.

@@ -152,6 +152,12 @@ fn cubes(x: usize, y: usize, z: usize) -> CubeCount {
     CubeCount::Static(x as u32, y as u32, z as u32)
 }
 
+/// Whether attention takes heads of so many elements: one unit for each vector of them, in one cube.
+pub(crate) fn takes_heads(width: usize) -> bool {
+    let lanes = lanes(width);
+    lanes > 1 && width / lanes <= attention::UNITS
+}
+
 /// How many neighbouring numbers a unit loads at once where rows have `width` of them.
 fn lanes(width: usize) -> usize {
     [4, 2].into_iter().find(|lanes| width.is_multiple_of(*lanes)).unwrap_or(1)

@@ -7,6 +7,9 @@
 //! Schemas and grammars come from strangers. Their text is bounded, so is the work of one step and the memory of one
 //! guide, and they are compiled on a stack of their own: the library descends into them as deep as they go.
 
+mod schema;
+
+use std::panic::resume_unwind;
 use std::sync::Arc;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
@@ -17,14 +20,9 @@ use llguidance::toktrie::{
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
+use crate::deep::{LONGEST_TEXT, on_deep_stack};
 use crate::{Constraint, RequestError, RequestErrorKind, Tokenizer};
 
-/// Longest text of a schema, an expression or a grammar, bytes.
-const LONGEST: usize = 64 << 10;
-/// Stack for compiling; the deepest texts of that length need a sixteenth of it. Only what is used becomes memory.
-const STACK: usize = 256 << 20;
-/// Greatest `multipleOf`, as digits without their point: as many states it takes to follow a number.
-const GREATEST_DIVISOR: f64 = 10_000.0;
 /// White space between JSON's tokens: none, a blank, or a line's end and its indentation. Any more, and a small model may
 /// not come to an end of it.
 const WHITE_SPACE: &str = r"\x20|\n[\x20\t]{0,32}";
@@ -74,11 +72,7 @@ impl Grammars {
             let allowed = matcher.compute_mask().map_err(|e| reason(&e.to_string()))?;
             Ok(Guide { matcher, allowed: Some(allowed) })
         };
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name("grammar".into()).stack_size(STACK);
-            let thread = thread.spawn_scoped(scope, compile).expect("the system can start a thread");
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(invalid)
-        })
+        on_deep_stack("grammar", compile).unwrap_or_else(|panic| resume_unwind(panic)).map_err(invalid)
     }
 }
 
@@ -94,22 +88,23 @@ fn name(constraint: &Constraint) -> &'static str {
 /// The constraint in the library's terms.
 fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, String> {
     match constraint {
-        Constraint::JsonObject => Ok(schema(json!({ "type": "object" }))),
+        Constraint::JsonObject => Ok(json_grammar(json!({ "type": "object" }))),
         Constraint::JsonSchema(text) => {
             let value: Value = serde_json::from_str(bounded(text)?).map_err(|e| e.to_string())?;
             if !value.is_object() {
                 return Err("it must be an object".into());
             }
-            check_divisors(&value)?;
-            Ok(schema(value))
+            schema::check(&value)?;
+            Ok(json_grammar(value))
         }
         Constraint::Regex(text) => Ok(TopLevelGrammar::from_regex(bounded(text)?)),
         Constraint::Lark(text) => {
-            // Schemas inside grammars are read by the library, past the check.
-            if text.contains("%json") && (text.contains("multipleOf") || text.contains("\\u")) {
-                return Err("multipleOf and \\u escapes are not supported in %json".into());
+            for inner in bounded(text)?.split("%json").skip(1) {
+                // As the library reads it; what is no schema is for it to refuse.
+                let mut values = serde_json::Deserializer::from_str(inner).into_iter();
+                values.next().and_then(Result::ok).as_ref().map_or(Ok(()), schema::check)?;
             }
-            Ok(TopLevelGrammar::from_lark(bounded(text)?.to_owned()))
+            Ok(TopLevelGrammar::from_lark(text.clone()))
         }
     }
 }
@@ -117,34 +112,17 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, String> {
 fn bounded(text: &str) -> Result<&str, String> {
     match text.len() {
         0 => Err("it is empty".into()),
-        n if n > LONGEST => Err(format!("it has {n} bytes; the most are {LONGEST}")),
+        n if n > LONGEST_TEXT => Err(format!("it has {n} bytes; the most are {LONGEST_TEXT}")),
         _ => Ok(text),
     }
 }
 
 /// A schema's grammar. A schema may say itself, in the library's own key, how its JSON is written.
-fn schema(mut schema: Value) -> TopLevelGrammar {
+fn json_grammar(mut schema: Value) -> TopLevelGrammar {
     if let Some(object) = schema.as_object_mut() {
         object.entry("x-guidance").or_insert_with(|| json!({ "whitespace_pattern": WHITE_SPACE }));
     }
     TopLevelGrammar::from_json_schema(schema)
-}
-
-/// The library counts to a divisor, without a limit.
-fn check_divisors(value: &Value) -> Result<(), String> {
-    match value {
-        Value::Object(object) => {
-            if let Some(divisor) = object.get("multipleOf").and_then(Value::as_f64) {
-                let digits = divisor.to_string().replace('.', "").parse().unwrap_or(f64::INFINITY);
-                if digits > GREATEST_DIVISOR {
-                    return Err(format!("multipleOf {divisor} has too many digits"));
-                }
-            }
-            object.values().try_for_each(check_divisors)
-        }
-        Value::Array(values) => values.iter().try_for_each(check_divisors),
-        _ => Ok(()),
-    }
 }
 
 /// What the library says, without what it adds for its own developers.
