@@ -277,6 +277,12 @@ fn last_word(attempt: &Attempt, closing: &Closing<'_>) -> End {
             last.usage.unwrap_or_default(),
             last.error.clone(),
         ),
+        // What an earlier attempt made of the text has been paid for.
+        None if closing.text.is_none() => {
+            let mut end = closing.end.clone();
+            end.usage.completion_tokens = end.usage.completion_tokens.max(attempt.text.tokens);
+            end
+        }
         None => closing.end.clone(),
     }
 }

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream;
 use serde_json::Value;
-use stoker_shared::job::{Job, MAX_ID_BYTES};
+use stoker_shared::job::{self, Job, MAX_ID_BYTES};
 use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{Accepted, Consumer, Delivery, JobRow, Message, PublishError, Source};
 use time::OffsetDateTime;
@@ -288,17 +288,19 @@ async fn refuse(dispatch: &Dispatch, message: &Message, caller: &Caller, error: 
     closing::announce(&dispatch.ports, &id, bytes.into(), true, reply_to, correlation_id).await;
 }
 
-/// What can be read of a message that is not a job: enough to answer it.
+/// What can be read of a message, even if it is not a job: enough to answer it.
 fn lenient(message: &Message) -> Job {
-    let value: Value = match message.body.len() {
-        0..=LARGEST => serde_json::from_slice(&message.body).unwrap_or_default(),
-        _ => Value::Null,
-    };
-    let text = |name: &str| value.get(name).and_then(Value::as_str).map(str::to_owned);
+    let body = if message.body.len() > LARGEST { &[] } else { &*message.body };
+    if let Ok(job) = job::parse_json::<Job>(body) {
+        let id = job.id.as_deref().and_then(fitting).or_else(|| fitting(&message.id));
+        return Job { id, ..job };
+    }
+    let value: Value = serde_json::from_slice(body).unwrap_or_default();
+    let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
     Job {
-        id: text("id").and_then(|id| fitting(&id)).or_else(|| fitting(&message.id)),
-        model: text("model"),
-        user_id: text("userId"),
+        id: text("/id").and_then(|id| fitting(&id)).or_else(|| fitting(&message.id)),
+        model: text("/options/model").or_else(|| text("/model")),
+        user_id: text("/userId"),
         metadata: value.get("metadata").and_then(Value::as_object).cloned(),
         ..Job::default()
     }
@@ -337,5 +339,15 @@ mod tests {
         assert_eq!(lenient(&message(b"{\"id\":\"a\",\"options\":7}", "m")).id.as_deref(), Some("a"));
         assert_eq!(lenient(&message(b"{\"id\":7}", "m")).id.as_deref(), Some("m"));
         assert_eq!(lenient(&message(b"\xff\xfe", "")).id, None);
+        let body = br#"{"id":"a","prompt":"p","own":7,"options":{"model":"m","maxTokens":-1}}"#;
+        assert_eq!(lenient(&message(body, "")).model.as_deref(), Some("m"));
+        let body = br#"{"id":"a","prompt":"p","own":7,"options":{"model":"m","stream":true}}"#;
+        let job = lenient(&message(body, ""));
+        assert_eq!((job.model_name(), &job.extra["own"]), (Some("m"), &7.into()));
+        let request = outcome(&job, String::new(), &End::failed(deadline_passed()), &Story::default());
+        assert_eq!(
+            request.metadata["request"],
+            serde_json::json!({ "own": 7, "options": { "stream": true } })
+        );
     }
 }

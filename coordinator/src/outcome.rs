@@ -26,7 +26,7 @@ pub struct Story {
 /// The outcome of a job.
 pub fn outcome(job: &Job, text: String, end: &End, story: &Story) -> Outcome {
     let model = job.model_name().unwrap_or_default().to_owned();
-    let mut metadata = job.metadata.clone().unwrap_or_default();
+    let mut metadata = job.own_metadata();
     metadata.insert("model".into(), model.clone().into());
     metadata.insert("executionTime".into(), story.execution_ms.into());
     if let Some(ms) = story.first_token_ms {
@@ -37,9 +37,6 @@ pub fn outcome(job: &Job, text: String, end: &End, story: &Story) -> Outcome {
         metadata.insert("worker".into(), story.worker.clone().into());
     }
     metadata.insert("attempts".into(), story.attempts.into());
-    if !job.extra.is_empty() {
-        metadata.insert("request".into(), job.extra.clone().into());
-    }
     Outcome {
         v: VERSION,
         id: job.id.clone().unwrap_or_default(),

@@ -353,6 +353,19 @@ impl Job {
         hex::encode(Sha256::digest(canonical_json(&value)))
     }
 
+    /// What an outcome hands back of what the submitter gave: its metadata, and under `request` what nobody here knows.
+    pub fn own_metadata(&self) -> Map<String, Value> {
+        let mut metadata = self.metadata.clone().unwrap_or_default();
+        let mut unknown = self.extra.clone();
+        if !self.options.extra.is_empty() {
+            unknown.insert("options".into(), Value::Object(self.options.extra.clone()));
+        }
+        if !unknown.is_empty() {
+            metadata.insert("request".into(), Value::Object(unknown));
+        }
+        metadata
+    }
+
     /// The prompt as one text, for rows that people read: chat messages as canonical JSON.
     pub fn prompt_text(&self) -> String {
         match (&self.prompt, &self.messages) {
@@ -376,6 +389,14 @@ fn check_messages(messages: &[ChatMessage]) -> Result<(), JobError> {
         if m.role.is_empty() {
             let param = format!("messages[{i}].role");
             return Err(JobError::field(code::INVALID_REQUEST, param.clone(), format!("{param} is empty")));
+        }
+        for field in ["tool_calls", "function_call", "audio"] {
+            let value = m.extra.get(field).unwrap_or(&Value::Null);
+            if !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty()) {
+                let param = format!("messages[{i}].{field}");
+                let message = format!("{param} is not supported: leave it out, or write it into the content");
+                return Err(JobError::field(code::INVALID_REQUEST, param, message));
+            }
         }
         if let Content::Parts(parts) = &m.content
             && let Some(j) = parts.iter().position(|p| p.kind != "text")

@@ -2,22 +2,28 @@
 //! runs any more is claimed, by compare-and-set on its epoch in the ledger.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures::future::join_all;
 use stoker_shared::backoff::Backoff;
 use stoker_shared::outcome::{JobError, code};
-use stoker_shared::ports::{Claim, Claimed, JobRow, JobState, Liveness, PortResult};
+use stoker_shared::ports::{Claim, Claimed, JobRow, JobState, Liveness, Opening, PortResult};
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-use crate::attempt::Phase;
-use crate::shared::Shared;
+use crate::attempt::{Attempt, Phase};
+use crate::shared::{Shared, WORKER_ID_PREFIX};
 use crate::ticket::Ticket;
 use crate::{dead, handover, settle};
 
 /// A held job is looked at this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Nobody is taken for dead sooner after a claim.
+const OLD: Duration = Duration::from_secs(1);
+/// How long the ledger may take to say whether an attempt was overtaken.
+const LEDGER_PATIENCE: Duration = Duration::from_millis(500);
 /// The first epoch that is claimed; 1 is that of first deliveries of messages marked once.
 const FIRST_CLAIMED: u64 = 2;
 /// From so many deaths on, a job runs alone among suspects;
@@ -117,6 +123,7 @@ fn start(
     let mut table = shared.table();
     let Some(attempt) = table.get(number) else { return };
     attempt.phase = Phase::Opening;
+    attempt.started = Instant::now();
     attempt.epoch = epoch;
     attempt.interruptions = interruptions;
     attempt.suspect = suspect;
@@ -185,6 +192,8 @@ impl Look<'_> {
             None => Ok(Owner::Nobody),
             // It is not running here: this job's place in the table is the caller's.
             Some(id) if id == self.shared.id => Ok(Owner::Nobody),
+            // A coordinator that began to end it and could not: no worker, and no death.
+            Some(id) if !id.starts_with(WORKER_ID_PREFIX) => Ok(Owner::Nobody),
             Some(id) => match self.shared.ports.bus.worker_liveness(id).await? {
                 Liveness::Gone => Ok(Owner::Dead),
                 Liveness::Alive | Liveness::Unknown => Ok(Owner::Somebody),
@@ -254,6 +263,35 @@ impl Look<'_> {
     fn claim_of(&self, expected: Option<u64>, epoch: u64, interruptions: u32) -> Claim {
         claim_of(self.shared, self.ticket, expected, epoch, interruptions)
     }
+}
+
+/// Whether an attempt was claimed so long ago that, had its process been frozen since, another might have overtaken it.
+pub(crate) fn is_old(attempt: &Attempt) -> bool {
+    attempt.started.elapsed() > OLD
+}
+
+/// Those whose logs may be opened. Where the bus has lost a log, or never had it, it does not know which epoch is the newest:
+/// the ledger is asked, so that an attempt that was overtaken (its process was frozen, say) does not speak once more. A
+/// ledger that does not answer is not waited for: streams go on without it.
+pub(crate) async fn not_overtaken(
+    shared: &Arc<Shared>,
+    numbers: Vec<u64>,
+    openings: Vec<Opening>,
+) -> (Vec<u64>, Vec<Opening>) {
+    let finds = join_all(openings.iter().map(|opening| shared.ports.ledger.find(opening.key)));
+    let rows = timeout(LEDGER_PATIENCE, finds).await.unwrap_or_default();
+    let mut rows = rows.into_iter().map(|row| row.ok().flatten());
+    let (mut kept, mut to_open) = (Vec::new(), Vec::new());
+    for (number, opening) in numbers.into_iter().zip(openings) {
+        match rows.next().flatten() {
+            Some(row) if row.epoch > opening.header.epoch => superseded(shared, number, row.epoch),
+            _ => {
+                kept.push(number);
+                to_open.push(opening);
+            }
+        }
+    }
+    (kept, to_open)
 }
 
 /// A claim by this worker.

@@ -85,6 +85,10 @@ async fn bury(shared: &Shared, letter: DeadLetter, waiter: Waiter, answer: Optio
             break;
         }
         backoff.pause().await;
+        if waiter.receipt.is_stale() {
+            // It is delivered again, and then buried.
+            return;
+        }
     }
     feed(shared, &letter, std::slice::from_ref(&waiter)).await;
     if let Some((outcome, id)) = answer {

@@ -19,24 +19,30 @@ pub(crate) const LONGEST_ATTEMPT: Duration = Duration::from_secs(25 * 60);
 
 /// Begins to hand over the running attempts that are chosen.
 pub(crate) fn begin(shared: &Arc<Shared>, chosen: impl Fn(&Attempt) -> bool) {
-    let mut unopened = Vec::new();
+    let mut unsubmitted = Vec::new();
     for (number, attempt) in shared.table().iter_mut().filter(|(_, a)| !a.handover && chosen(a)) {
         match attempt.phase {
             Phase::Opening => {
                 attempt.handover = true;
                 attempt.phase = Phase::Ending;
-                unopened.push(number);
+                unsubmitted.push(number);
+            }
+            // Its engine does not have it yet, and may not for a while.
+            Phase::Running if !attempt.submitted && attempt.end.is_none() => {
+                attempt.handover = true;
+                attempt.phase = Phase::Ending;
+                unsubmitted.push(number);
             }
             Phase::Running => {
                 attempt.handover = true;
-                if attempt.submitted && attempt.end.is_none() {
+                if attempt.end.is_none() {
                     attempt.ticket.served.engine.cancel(SequenceId(number));
                 }
             }
             Phase::Claiming | Phase::Ending => {}
         }
     }
-    for number in unopened {
+    for number in unsubmitted {
         shared.spawn(release(shared.clone(), number));
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use stoker_engine::{ChatMessage, Constraint, Priority, Prompt, Request, Resume, Sampling, SequenceId};
 use stoker_shared::backoff::Backoff;
 use stoker_shared::job::{DEFAULT_TEMPERATURE, Job, Lane};
-use stoker_shared::outcome::FinishReason;
+use stoker_shared::outcome::{FinishReason, code};
 use stoker_shared::ports::{LogHeader, Opened, Opening};
 use stoker_shared::response_format::ResponseFormat;
 use tokio::sync::mpsc;
@@ -35,7 +35,11 @@ pub(crate) async fn run(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<
     let mut backoff = Backoff::new();
     while inbox.recv_many(&mut numbers, BATCH).await > 0 {
         loop {
-            let openings = openings(&shared, &mut numbers);
+            let (mut openings, old) = openings(&shared, &mut numbers);
+            if old {
+                let all = std::mem::take(&mut numbers);
+                (numbers, openings) = claim::not_overtaken(&shared, all, openings).await;
+            }
             match shared.ports.bus.open(&openings).await {
                 Ok(answers) => {
                     start(&shared, &numbers, answers);
@@ -53,18 +57,20 @@ pub(crate) async fn run(shared: Arc<Shared>, mut inbox: mpsc::UnboundedReceiver<
     }
 }
 
-/// The openings of the attempts that are still to be opened; forgets the others.
-fn openings(shared: &Shared, numbers: &mut Vec<u64>) -> Vec<Opening> {
+/// The openings of the attempts that are still to be opened, and whether one of them is old; forgets the others.
+fn openings(shared: &Shared, numbers: &mut Vec<u64>) -> (Vec<Opening>, bool) {
     let mut openings = Vec::with_capacity(numbers.len());
+    let mut old = false;
     let mut table = shared.table();
     numbers.retain(|number| match table.get(*number) {
         Some(attempt) if is_opening(attempt) => {
             openings.push(opening_of(shared, attempt));
+            old |= claim::is_old(attempt);
             true
         }
         _ => false,
     });
-    openings
+    (openings, old)
 }
 
 /// Whether an attempt that was sent here is still to be answered: it waits for its log, or runs meanwhile.
@@ -114,7 +120,7 @@ fn start(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
             Opened::Started { cancelled, .. } if attempt.phase == Phase::Running => {
                 attempt.opened = true;
                 if cancelled {
-                    outbox::cancel(attempt, number);
+                    outbox::cancel(shared, attempt, number);
                 }
             }
             Opened::Started { frames, cancelled } => {
@@ -141,8 +147,11 @@ fn start(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
 
 /// Ends an attempt that must not run.
 fn end_early(attempt: &mut Attempt) {
-    if attempt.end.is_some() {
+    if let Some(end) = &mut attempt.end {
         info!(job = %attempt.ticket.id, "its text was whole already: only its end is left to be done");
+        // Whoever wrote that end did not come to bury it.
+        let is_poison = end.error.as_ref().is_some_and(|error| error.code == code::POISON);
+        end.dead = attempt.ticket.fault.is_some() || attempt.doom.is_some() && is_poison;
     } else if let Some(error) = attempt.doom.take().or_else(|| attempt.ticket.fault.clone()) {
         attempt.end_now(FinishReason::Error, error, true);
     } else if attempt.cancelled {
@@ -161,11 +170,26 @@ fn submit(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>, Resume)>) {
     }
     confirm_submitted(shared, short.iter().map(|(number, ticket, _)| (*number, ticket)));
     for (number, ticket, resume) in long {
-        let shared = shared.clone();
-        tokio::task::spawn_blocking(move || {
-            ticket.served.engine.submit(request(&ticket, number, resume));
-            confirm_submitted(&shared, std::iter::once((number, &ticket)));
-        });
+        shared.spawn(submit_long(shared.clone(), number, ticket, resume));
+    }
+}
+
+/// The engine sees to deadlines of what it has.
+async fn submit_long(shared: Arc<Shared>, number: u64, ticket: Arc<Ticket>, resume: Resume) {
+    let deadline = ticket.deadline_instant();
+    let ours = shared.clone();
+    let submitting = tokio::task::spawn_blocking(move || {
+        ticket.served.engine.submit(request(&ticket, number, resume));
+        confirm_submitted(&ours, std::iter::once((number, &ticket)));
+    });
+    let Some(deadline) = deadline else { return };
+    if tokio::time::timeout_at(deadline.into(), submitting).await.is_err()
+        && let Some(attempt) = shared.table().get(number)
+        && !attempt.submitted
+        && attempt.phase == Phase::Running
+        && attempt.end.is_none()
+    {
+        outbox::end_unsubmitted(&shared, attempt, number, FinishReason::Deadline, attempt::expired());
     }
 }
 
@@ -180,7 +204,7 @@ fn confirm_submitted<'a>(shared: &Shared, submitted: impl Iterator<Item = (u64, 
         let is_wanted = match table.get(number) {
             Some(attempt) => {
                 attempt.submitted = true;
-                !attempt.cancelled && !attempt.handover
+                !attempt.cancelled && !attempt.handover && attempt.end.is_none()
             }
             // It was superseded before the engine had it (or has ended: then this changes nothing).
             None => false,

@@ -5,19 +5,18 @@
 //! token leaves at once, and under load a round trip carries many.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
-use futures::future::join_all;
 use stoker_engine::{Event, Sink};
 use stoker_shared::backoff::Backoff;
 use stoker_shared::frame::Frame;
+use stoker_shared::outcome::{FinishReason, JobError};
 use stoker_shared::ports::{Append, AppendReport, Appended, Opened, Opening, PortResult};
 use tokio::sync::Notify;
-use tokio::time::timeout;
 use tracing::{error, warn};
 
-use crate::attempt::{Attempt, Phase, Table};
+use crate::attempt::{self, Attempt, Phase};
 use crate::commit::Ended;
 use crate::replay::Replay;
 use crate::shared::Shared;
@@ -25,8 +24,6 @@ use crate::{claim, handover, opening};
 
 /// Most frames of one step, so that a bus with one thread is not kept from others for long.
 const STEP: usize = 512;
-/// How long the ledger may take to say whether an attempt was overtaken.
-const LEDGER_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What engines did and the outbox has not looked at.
 #[derive(Default)]
@@ -162,7 +159,8 @@ fn gather(shared: &Arc<Shared>, attempt: &mut Attempt, number: u64, step: &mut S
         attempt.dirty = false;
         return false;
     }
-    if attempt.reopen {
+    // One that could not open its log for so long may have been frozen, and overtaken.
+    if attempt.reopen || !attempt.opened && claim::is_old(attempt) {
         step.reopened.push(number);
         step.openings.push(opening::opening_of(shared, attempt));
         return true;
@@ -215,25 +213,11 @@ fn doubt_everything(shared: &Shared, dirty: &mut Vec<u64>) {
     }
 }
 
-/// Opens logs again. Where the bus has lost one it has also forgotten which epoch is the newest: the ledger is asked
-/// first, so that an attempt that was overtaken (its process was frozen, say) does not speak once more. A ledger that
-/// does not answer is not waited for: streams go on without it.
+/// Opens logs again, as far as nobody has overtaken their attempts.
 async fn reopen(shared: &Arc<Shared>, numbers: Vec<u64>, openings: Vec<Opening>) -> PortResult<()> {
-    let finds = join_all(openings.iter().map(|opening| shared.ports.ledger.find(opening.key)));
-    let rows = timeout(LEDGER_PATIENCE, finds).await.unwrap_or_default();
-    let mut rows = rows.into_iter().map(|row| row.ok().flatten());
-    let (mut kept, mut to_open) = (Vec::new(), Vec::new());
-    for (number, opening) in numbers.into_iter().zip(openings) {
-        match rows.next().flatten() {
-            Some(row) if row.epoch > opening.header.epoch => claim::superseded(shared, number, row.epoch),
-            _ => {
-                kept.push(number);
-                to_open.push(opening);
-            }
-        }
-    }
-    let answers = shared.ports.bus.open(&to_open).await?;
-    reopened(shared, &kept, answers);
+    let (numbers, openings) = claim::not_overtaken(shared, numbers, openings).await;
+    let answers = shared.ports.bus.open(&openings).await?;
+    reopened(shared, &numbers, answers);
     Ok(())
 }
 
@@ -247,7 +231,7 @@ fn reopened(shared: &Arc<Shared>, numbers: &[u64], answers: Vec<Opened>) {
             Opened::Started { frames, cancelled } => {
                 attempt.resync(&Replay::of(frames));
                 if cancelled {
-                    cancel(attempt, number);
+                    cancel(shared, attempt, number);
                 }
             }
         }
@@ -297,18 +281,34 @@ fn hand_over(shared: &Arc<Shared>, attempt: &mut Attempt, number: u64) {
 }
 
 /// Ends an attempt because its submitter wants it to.
-pub(crate) fn cancel(attempt: &mut Attempt, number: u64) {
+pub(crate) fn cancel(shared: &Shared, attempt: &mut Attempt, number: u64) {
     attempt.cancelled = true;
-    if attempt.submitted && attempt.phase == Phase::Running && attempt.end.is_none() {
-        attempt.ticket.served.engine.cancel(stoker_engine::SequenceId(number));
+    if attempt.phase == Phase::Running && attempt.end.is_none() {
+        match attempt.submitted {
+            true => attempt.ticket.served.engine.cancel(stoker_engine::SequenceId(number)),
+            false => end_unsubmitted(shared, attempt, number, FinishReason::Cancelled, attempt::cancelled()),
+        }
     }
 }
 
+/// Ends an attempt that its engine does not have yet: a long prompt or a response format may take it a while.
+pub(crate) fn end_unsubmitted(
+    shared: &Shared,
+    attempt: &mut Attempt,
+    number: u64,
+    reason: FinishReason,
+    error: JobError,
+) {
+    attempt.end_now(reason, error, false);
+    shared.steps.touch(&[number]);
+}
+
 /// Ends a job by its key.
-pub(crate) fn cancel_key(table: &mut Table, key: uuid::Uuid) {
+pub(crate) fn cancel_key(shared: &Shared, key: uuid::Uuid) {
+    let mut table = shared.table();
     if let Some(number) = table.number_of(key)
         && let Some(attempt) = table.get(number)
     {
-        cancel(attempt, number);
+        cancel(shared, attempt, number);
     }
 }

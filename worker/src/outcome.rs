@@ -1,7 +1,7 @@
 //! Writes down how a job ended: the outcome that its submitter gets, and the rows that stay.
 
 use bytes::Bytes;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use stoker_shared::job::Job;
 use stoker_shared::outcome::{FinishReason, JobError, Outcome, Usage};
 use stoker_shared::ports::{CacheRow, DeadLetter, Ending, RequestRow};
@@ -24,7 +24,7 @@ pub(crate) struct Written {
 pub(crate) fn write(shared: &Shared, ended: &Ended) -> Written {
     let Ended { ticket, end, .. } = ended;
     let model = &ticket.served.info().name;
-    let mut metadata = own_metadata(&ticket.job);
+    let mut metadata = ticket.job.own_metadata();
     let execution = ended.ended.saturating_duration_since(ended.started);
     let queue_ms = ticket.age_ms().saturating_sub(ended.started.elapsed().as_millis() as u64);
     metadata.insert("model".into(), model.as_str().into());
@@ -56,7 +56,7 @@ pub(crate) fn write(shared: &Shared, ended: &Ended) -> Written {
 
 /// The outcome of a message that never ran: it is no job, or its id is another's.
 pub(crate) fn failure(shared: &Shared, id: &str, model: &str, job: Option<&Job>, error: JobError) -> Bytes {
-    let mut metadata = job.map(own_metadata).unwrap_or_default();
+    let mut metadata = job.map(Job::own_metadata).unwrap_or_default();
     metadata.insert("model".into(), model.into());
     metadata.insert("cached".into(), false.into());
     metadata.insert("worker".into(), shared.id.as_str().into());
@@ -155,19 +155,6 @@ pub(crate) fn dead_letter(shared: &Shared, ended: &Ended) -> DeadLetter {
 /// Attempts that were started, this one included if it ran.
 fn attempts(ended: &Ended) -> u32 {
     if ended.end.dead { ended.interruptions } else { ended.interruptions + 1 }
-}
-
-/// What the submitter gave, handed back.
-fn own_metadata(job: &Job) -> Map<String, Value> {
-    let mut metadata = job.metadata.clone().unwrap_or_default();
-    let mut unknown = job.extra.clone();
-    if !job.options.extra.is_empty() {
-        unknown.insert("options".into(), Value::Object(job.options.extra.clone()));
-    }
-    if !unknown.is_empty() {
-        metadata.insert("request".into(), Value::Object(unknown));
-    }
-    metadata
 }
 
 fn to_bytes(outcome: &Outcome) -> Bytes {

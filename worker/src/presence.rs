@@ -38,7 +38,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 async fn listen(shared: &Arc<Shared>, mut control: mpsc::Receiver<Control>) {
     while let Some(word) = control.recv().await {
         match word {
-            Control::Cancel(key) => outbox::cancel_key(&mut shared.table(), key),
+            Control::Cancel(key) => outbox::cancel_key(shared, key),
             Control::Drain => {
                 info!(worker = %shared.id, "told to drain");
                 shared.told_to_drain.cancel();
@@ -164,7 +164,7 @@ async fn cancel_unheard(shared: &Arc<Shared>, gone: &mut HashMap<String, Instant
                     table
                         .iter_mut()
                         .filter(|(_, a)| a.unheard && of_it(a))
-                        .for_each(|(number, a)| outbox::cancel(a, number));
+                        .for_each(|(number, a)| outbox::cancel(shared, a, number));
                 }
             }
             Ok(Liveness::Alive | Liveness::Unknown) | Err(_) => drop(gone.remove(&coordinator)),

@@ -21,7 +21,8 @@ impl Replay {
         let mut replay = Self::default();
         for frame in frames {
             let (tokens, bytes) = (frame.seq as usize, frame.at);
-            let is_whole = frame.ids.len() == frame.tokens as usize;
+            // A last one needs no ids: nothing is generated behind it. A coordinator that answers from the cache has none.
+            let is_whole = frame.is_last() || frame.ids.len() == frame.tokens as usize;
             if !is_whole || tokens > replay.ids.len() || bytes > replay.text.len() {
                 continue;
             }
@@ -62,6 +63,13 @@ mod tests {
         ];
         let replay = Replay::of(log);
         assert_eq!(replay, Replay { ids: vec![1, 2, 3, 4], text: "a b c d".into(), last: None });
+    }
+
+    #[test]
+    fn a_coordinators_answer_from_the_cache_is_whole() {
+        let last = Frame { finish_reason: Some(FinishReason::Stop), tokens: 3, ..frame(0, 0, "a b c", &[]) };
+        let replay = Replay::of(vec![last.clone()]);
+        assert_eq!(replay, Replay { ids: vec![], text: "a b c".into(), last: Some(last) });
     }
 
     #[test]

@@ -18,6 +18,9 @@ use crate::meter::Meter;
 use crate::outbox::Steps;
 use crate::tasks::Tasks;
 
+/// How ids of workers begin; those of coordinators begin otherwise.
+pub(crate) const WORKER_ID_PREFIX: &str = "w-";
+
 /// A model that this worker serves.
 pub(crate) struct Served {
     pub engine: Box<dyn Engine>,
@@ -73,7 +76,7 @@ impl Shared {
         let (to_open, opening) = mpsc::unbounded_channel();
         let (to_commit, commit) = mpsc::unbounded_channel();
         let shared = Self {
-            id: format!("w-{}", Uuid::new_v4()),
+            id: format!("{WORKER_ID_PREFIX}{}", Uuid::new_v4()),
             config,
             ports,
             tasks: Tasks::new(),

@@ -9,7 +9,7 @@ use common::reader::Reader;
 use common::*;
 use stoker_shared::frame::Frame;
 use stoker_shared::job::Lane;
-use stoker_shared::outcome::{FinishReason, Outcome, Usage, code};
+use stoker_shared::outcome::{FinishReason, JobError, Outcome, Usage, code};
 use stoker_shared::ports::*;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -303,6 +303,48 @@ async fn a_text_that_was_whole_is_only_committed() {
     assert_eq!((outcome.usage, outcome.success), (usage, true));
     assert_eq!(outcome.metadata["attempts"], 2);
     assert_eq!(fleet.bus.read_log(order.key()).await.unwrap().unwrap().frames, [last]);
+    fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_poisoned_jobs_end_that_nobody_committed_is_buried_all_the_same() {
+    let fleet = Fleet::new().await;
+    let mut errors = fleet.consume(Source::Errors).await;
+    let order = Order::front_door("poison", "one two", 2);
+    // A worker gave it up after three deaths, wrote that down, and died.
+    fleet.ledger.claim(&order.claim(None, 2, "w-dead", 3)).await.unwrap();
+    fleet.bus.open(&[opening(order.key(), 2, "w-dead")]).await.unwrap();
+    let last = Frame {
+        v: 1,
+        id: order.id().into(),
+        epoch: 2,
+        finish_reason: Some(FinishReason::Error),
+        error: Some(JobError::new(code::POISON, "3 workers died")),
+        ..Frame::default()
+    };
+    let record = serde_json::to_vec(&last).unwrap().into();
+    let append =
+        Append { key: order.key(), epoch: 2, channel: order.channel().into(), record, opening: None };
+    fleet.bus.append(&[append]).await.unwrap();
+    fleet.publish_redelivered(&order).await;
+    let worker = fleet.worker(0).await;
+    let (_, outcome) = fleet.outcome(order.key()).await;
+    assert_eq!(outcome.error.unwrap().message, "3 workers died");
+    assert_eq!(next(&mut errors).await.headers["x-stoker-code"], code::POISON);
+    assert_eq!(fleet.ledger.dead_letters(10).await.unwrap().len(), 1);
+    fleet.all_acknowledged(vec![worker]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_could_not_end_a_job_is_no_workers_death() {
+    let fleet = Fleet::new().await;
+    let order = Order::front_door("f", "one two three", 3);
+    fleet.ledger.claim(&order.claim(None, 2, "c-1", 0)).await.unwrap();
+    fleet.publish(&order).await;
+    let worker = fleet.worker(0).await;
+    let (_, outcome) = fleet.outcome(order.key()).await;
+    assert_eq!((outcome.text, &outcome.metadata["attempts"]), (order.text(), &1.into()));
+    assert_eq!(fleet.row(order.key()).await.unwrap().interruptions, 0);
     fleet.all_acknowledged(vec![worker]).await;
 }
 

@@ -8,8 +8,10 @@ use std::time::Duration;
 use common::reader::Reader;
 use common::*;
 use stoker_shared::job::Lane;
-use stoker_shared::outcome::FinishReason;
+use stoker_shared::outcome::{FinishReason, code};
 use stoker_shared::ports::*;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bus_that_lost_its_logs_gets_them_again() {
@@ -141,6 +143,67 @@ async fn an_overtaken_attempt_stays_silent_although_the_bus_forgot_who_overtook_
     eventually("the engine is told to stop", stopped).await;
     assert_eq!(fleet.bus.read_log(order.key()).await.unwrap(), None);
     worker.abort().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_was_overtaken_before_its_log_was_open_stays_silent() {
+    let fleet = Fleet::new().await;
+    let worker = fleet.worker(5).await;
+    fleet.bus.down.store(true, SeqCst);
+    let orders = [Order::once("one two three", 100_000), Order::front_door("f", "one two three", 100_000)];
+    for order in &orders {
+        fleet.publish(order).await;
+    }
+    eventually("it is claimed", async || fleet.row(orders[1].key()).await.is_some()).await;
+    // Others, who live, have taken them over when the bus is there again; it knows nothing of that.
+    let _control = fleet.impersonate("w-other").await;
+    for (order, epoch) in orders.iter().zip([None, Some(2)]) {
+        let claim = order.claim(epoch, 3, "w-other", 1);
+        assert_eq!(fleet.ledger.claim(&claim).await.unwrap(), Claimed::Won);
+    }
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    fleet.bus.down.store(false, SeqCst);
+    // The others are taken for dead after three seconds.
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    for order in &orders {
+        assert!(fleet.bus.read_log(order.key()).await.unwrap().is_none(), "it spoke");
+    }
+    worker.abort().await;
+}
+
+/// Its engine gets a job with a response format on a thread of its own; here all of these are busy.
+#[test]
+fn a_job_ends_although_its_engine_is_not_done_with_what_comes_first() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().max_blocking_threads(1).enable_all().build();
+    let runtime = runtime.unwrap();
+    runtime.block_on(async {
+        let fleet = Fleet::new().await;
+        let worker = fleet.worker(0).await;
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let busy = tokio::task::spawn_blocking(move || held.recv());
+        let order = |id| {
+            let mut order = Order::front_door(id, "one two three", 100_000);
+            order.job.options.response_format = Some(serde_json::json!({ "type": "text" }));
+            order
+        };
+        let (cancelled, mut late) = (order("cancelled"), order("late"));
+        let soon = OffsetDateTime::now_utc() + Duration::from_secs(1);
+        late.job.deadline = Some(soon.format(&Rfc3339).unwrap());
+        fleet.publish(&cancelled).await;
+        fleet.publish(&late).await;
+        eventually("it has begun", async || fleet.bus.read_log(cancelled.key()).await.unwrap().is_some())
+            .await;
+        fleet.bus.cancel(cancelled.key(), PATIENCE).await.unwrap();
+        for (order, expected) in [(&cancelled, code::CANCELLED), (&late, code::DEADLINE)] {
+            let (_, outcome) = fleet.outcome(order.key()).await;
+            assert_eq!((outcome.error.unwrap().code.as_str(), outcome.tokens), (expected, 0));
+        }
+        release.send(()).unwrap();
+        busy.await.unwrap().unwrap();
+        let idle = async || fleet.bus.workers().await.unwrap().iter().all(|w| w.active == 0);
+        eventually("the engine does not run them afterwards", idle).await;
+        fleet.all_acknowledged(vec![worker]).await;
+    });
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,8 @@
 //! Errors in the shapes of the two families of routes: OpenAI's and the guide's.
 
+use axum::extract::{FromRequestParts, Path};
 use axum::http::header::{ALLOW, RETRY_AFTER};
+use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -15,7 +17,8 @@ pub const TOO_LARGE: &str = "request_too_large";
 /// There is no such job.
 pub const JOB_NOT_FOUND: &str = "job_not_found";
 
-const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+/// Tells OpenAI's SDKs not to.
+pub const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// Whose shapes a route speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +69,23 @@ impl Family {
     /// A handler's result as a response.
     pub fn answer(self, result: Result<Response, JobError>) -> Response {
         result.unwrap_or_else(|error| self.refuse(&error))
+    }
+}
+
+/// The id in a path.
+pub struct Segment(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(segment)) => Ok(Self(segment)),
+            Err(e) => {
+                let error = JobError::new(code::INVALID_REQUEST, e.body_text());
+                Err(Family::of(parts.uri.path()).refuse(&error))
+            }
+        }
     }
 }
 

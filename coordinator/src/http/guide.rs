@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -125,11 +126,12 @@ pub struct UsageQuery {
 /// `GET /api/usage`.
 pub async fn usage(
     State(app): State<Arc<App>>,
-    Query(query): Query<UsageQuery>,
+    query: Result<Query<UsageQuery>, QueryRejection>,
     headers: axum::http::HeaderMap,
 ) -> Response {
     let result = async {
         let caller = app.admission.over_http(&headers)?;
+        let Query(query) = query.map_err(|e| JobError::new(code::INVALID_REQUEST, e.body_text()))?;
         let timeframe = query.timeframe.as_deref().unwrap_or("24h");
         let seconds = seconds(timeframe).ok_or_else(|| {
             let message = "timeframe must be a number of h, d or w, such as 24h";

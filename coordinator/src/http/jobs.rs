@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_TYPE, LOCATION};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -13,7 +13,7 @@ use stoker_shared::outcome::{JobError, Outcome, code};
 use stoker_shared::ports::{JobRow, JobState, StoredJob};
 use time::OffsetDateTime;
 
-use super::error::{Family, JOB_NOT_FOUND};
+use super::error::{Family, JOB_NOT_FOUND, Segment};
 use super::sse::{self, Events, json_event, json_string};
 use super::{App, body, traceparent};
 use crate::closing::{self, Closed};
@@ -68,7 +68,7 @@ fn chosen_id(headers: &HeaderMap, in_body: Option<&str>) -> Result<Option<String
 }
 
 /// `GET /v1/jobs/{id}`.
-pub async fn show(State(app): State<Arc<App>>, Path(id): Path<String>, headers: HeaderMap) -> Response {
+pub async fn show(State(app): State<Arc<App>>, Segment(id): Segment, headers: HeaderMap) -> Response {
     Family::OpenAi.answer(find(&app, &headers, &id).await.map(|row| shown(&row)))
 }
 
@@ -105,7 +105,7 @@ fn word(state: JobState) -> &'static str {
 }
 
 /// `DELETE /v1/jobs/{id}`. A job that nobody has started ends at once; a running one within a step.
-pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>, headers: HeaderMap) -> Response {
+pub async fn cancel(State(app): State<Arc<App>>, Segment(id): Segment, headers: HeaderMap) -> Response {
     Family::OpenAi.answer(cancelled(&app, &headers, &id).await)
 }
 
@@ -158,7 +158,7 @@ fn deadline(row: &JobRow) -> Instant {
 }
 
 /// `GET /v1/jobs/{id}/stream`: from the beginning, or from the byte that `Last-Event-ID` names.
-pub async fn stream(State(app): State<Arc<App>>, Path(id): Path<String>, headers: HeaderMap) -> Response {
+pub async fn stream(State(app): State<Arc<App>>, Segment(id): Segment, headers: HeaderMap) -> Response {
     Family::OpenAi.answer(attached(&app, &headers, &id).await)
 }
 

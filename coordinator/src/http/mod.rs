@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{MatchedPath, Request};
-use axum::http::header::RETRY_AFTER;
+use axum::http::header::{LOCATION, RETRY_AFTER};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::{self, Next};
 use axum::response::Response;
@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use uuid::Uuid;
 
+use self::error::SHOULD_RETRY;
 use crate::admission::Admission;
 use crate::dispatch::Dispatch;
 
@@ -165,7 +166,7 @@ fn traceparent(headers: &HeaderMap) -> Option<String> {
 fn cors(allowed: &[String]) -> CorsLayer {
     let layer = CorsLayer::new()
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
-        .expose_headers([REQUEST_ID, RETRY_AFTER])
+        .expose_headers([REQUEST_ID, RETRY_AFTER, LOCATION, SHOULD_RETRY])
         .max_age(Duration::from_secs(3600));
     // SDKs send headers of their own, so whatever a browser asks for is allowed.
     let layer = layer.allow_headers(AllowHeaders::mirror_request());

@@ -11,6 +11,8 @@ use super::{End, Feed, Heard, Inbox, rescue};
 
 /// Most text that a reader takes from the log at once, bytes: each time the whole log is read.
 const PIECE: usize = 256 << 10;
+/// How long the text may be nowhere once the job is over, or its deadline has passed.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait before the log is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -47,7 +49,8 @@ impl Reader {
 
     /// Takes text that is no longer in memory from the log, or from the outcome once the log is gone.
     async fn catch_up(&mut self, out: &mut String) -> Heard {
-        let give_up = self.feed.deadline.max(Instant::now()) + Duration::from_secs(10);
+        let give_up = self.feed.deadline.max(Instant::now()) + PATIENCE;
+        let mut ended = None;
         loop {
             match self.earlier_text().await {
                 Ok(Some(text)) => {
@@ -57,12 +60,16 @@ impl Reader {
                     self.at += cut;
                     return Heard::Text;
                 }
-                Ok(None) => break,
-                Err(e) if Instant::now() < give_up => {
-                    tracing::warn!(job = %self.feed.key, "can't read the text of a slow reader yet: {e}");
+                // A bus that has lost it gets it again from the worker; once the job is over it is with the ledger.
+                Ok(None) if ended.is_some_and(|since: Instant| since.elapsed() > PATIENCE) => break,
+                failed if Instant::now() < give_up => {
+                    tracing::warn!(job = %self.feed.key, "can't read the text of a slow reader yet: {failed:?}");
+                    if self.feed.ended() {
+                        ended.get_or_insert_with(Instant::now);
+                    }
                     tokio::time::sleep(RETRY).await;
                 }
-                Err(_) => break,
+                _ => break,
             }
         }
         let message = "the client fell behind, and the text that it has not read is gone";
@@ -71,7 +78,8 @@ impl Reader {
 
     async fn earlier_text(&self) -> stoker_shared::ports::PortResult<Option<String>> {
         let ports = &self.inbox.ports;
-        if let Some(log) = ports.bus.read_log(self.feed.key).await? {
+        let log = ports.bus.read_log(self.feed.key).await;
+        if let Ok(Some(log)) = &log {
             let mut whole = Assembly::default();
             for frame in &log.frames {
                 whole.push(frame);
@@ -80,7 +88,10 @@ impl Reader {
                 return Ok(Some(whole.text));
             }
         }
-        Ok(rescue::outcome(ports, self.feed.key).await?.map(|outcome| outcome.text))
+        match rescue::outcome(ports, self.feed.key).await? {
+            Some(outcome) => Ok(Some(outcome.text)),
+            None => log.map(|_| None),
+        }
     }
 }
 

@@ -1,10 +1,11 @@
 //! Fills gaps: reads the replay log of feeds that missed something, and the ledger when there is no log any more.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::stream;
+use stoker_shared::frame::Pushed;
 use stoker_shared::outcome::Outcome;
 use stoker_shared::ports::{JobState, PortResult, Ports};
 use tokio::sync::mpsc;
@@ -14,6 +15,8 @@ use super::{End, Feed, Inbox};
 
 /// Logs that are read side by side.
 const PARALLEL: usize = 32;
+/// Between two looks of which the first found nothing new.
+const PAUSE: Duration = Duration::from_millis(250);
 /// After so many fruitless looks at a log, the ledger is asked whether the job is over.
 const LOOKS_BEFORE_LEDGER: u32 = 4;
 
@@ -25,24 +28,30 @@ pub async fn run(inbox: Arc<Inbox>, queue: mpsc::UnboundedReceiver<Arc<Feed>>) {
 
 async fn rescue(inbox: &Inbox, feed: Arc<Feed>) {
     loop {
-        match look(inbox, &feed).await {
-            Ok(()) => {}
-            Err(e) => tracing::debug!(job = %feed.key, "can't read the log yet: {e}"),
-        }
+        let advanced = look(inbox, &feed).await.unwrap_or_else(|e| {
+            tracing::debug!(job = %feed.key, "can't read the log yet: {e}");
+            false
+        });
         if feed.ended() {
             inbox.table.remove(&feed);
         }
         if !feed.rescued() {
             return;
         }
+        if !advanced {
+            // The log has the hole, too, for now.
+            tokio::time::sleep(PAUSE).await;
+        }
     }
 }
 
-async fn look(inbox: &Inbox, feed: &Feed) -> PortResult<()> {
+/// Whether there was something new.
+async fn look(inbox: &Inbox, feed: &Feed) -> PortResult<bool> {
+    let mut advanced = false;
     if let Some(log) = inbox.ports.bus.read_log(feed.key).await? {
         let now = Instant::now();
         for frame in &log.frames {
-            feed.push(frame, now);
+            advanced |= feed.push(frame, now) == Pushed::Advanced;
         }
     }
     // Of an attached job (not owned) the log may be gone already; of others it outlives the stream.
@@ -52,7 +61,7 @@ async fn look(inbox: &Inbox, feed: &Feed) -> PortResult<()> {
     {
         feed.finish(Some(&outcome.text), End::new(outcome.finish_reason, outcome.usage, outcome.error));
     }
-    Ok(())
+    Ok(advanced)
 }
 
 /// A job's outcome, if the ledger has it.

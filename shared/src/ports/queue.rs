@@ -163,8 +163,12 @@ pub trait Queue: Send + Sync + 'static {
 /// How often a message is sent again that the queue does not confirm: it may close the channel over every message of its kind.
 const UNCONFIRMED: u32 = 5;
 
+/// How often a message is sent again that the queue refuses: it may be full, and also a node that goes down refuses what it has
+/// not taken yet.
+const REFUSED: u32 = 8;
+
 /// Puts a message on a queue, however long that takes: a broker with an alarm delivers, but takes nothing. What the queue
-/// refuses, or never confirms, is given up; so is, before another try, what `is_over` says that nobody needs any more.
+/// keeps refusing, or never confirms, is given up; so is, before another try, what `is_over` says that nobody needs any more.
 pub async fn publish_patiently(
     queue: &dyn Queue,
     to: &Destination,
@@ -172,7 +176,7 @@ pub async fn publish_patiently(
     is_over: impl Fn() -> bool,
 ) {
     let mut backoff = Backoff::new();
-    let mut unconfirmed = 0;
+    let (mut unconfirmed, mut refused) = (0, 0);
     loop {
         match queue.publish(to, message.clone()).await {
             Ok(()) => return,
@@ -180,6 +184,7 @@ pub async fn publish_patiently(
                 tracing::debug!(job = message.id, ?to, "not published yet: {e}");
             }
             Err(PublishError::Unconfirmed) if unconfirmed < UNCONFIRMED => unconfirmed += 1,
+            Err(PublishError::Full) if refused < REFUSED => refused += 1,
             Err(e) => return tracing::warn!(job = message.id, ?to, "not published: {e}"),
         }
         if is_over() {

@@ -309,7 +309,8 @@ impl Runner {
                 self.sample(&mut logits);
                 self.model.recycle(logits);
             }
-            Err(panic) => self.recover(internal("computing", &*panic)),
+            // What it took says nothing of steps that go well.
+            Err(panic) => return self.recover(internal("computing", &*panic)),
         }
         self.pace.record(streams, self.batch.rows() - streams, start.elapsed());
         self.gauges.steps.fetch_add(1, Relaxed);

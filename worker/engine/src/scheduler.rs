@@ -30,6 +30,24 @@ const YIELDS: u32 = 3;
 /// Every so-many-th prompt token of a step is the most important sequence's, whoever has had how much.
 const FIRST_SHARE: usize = 4;
 
+/// A part of all prompts' tokens that is set aside for somebody, however small the steps' chunks are.
+struct Share {
+    /// One of so many tokens.
+    every: usize,
+    /// Tokens since the last one.
+    since: usize,
+}
+
+impl Share {
+    /// How many of the next `chunk` tokens.
+    fn of(&mut self, chunk: usize) -> usize {
+        self.since += chunk;
+        let whole = self.since / self.every;
+        self.since %= self.every;
+        whole
+    }
+}
+
 /// A sequence with a slot.
 struct Running {
     sequence: Sequence,
@@ -53,6 +71,10 @@ pub(crate) struct Scheduler {
     since_batch: usize,
     /// Of these, those before a batch sequence whose turn it was.
     passed: usize,
+    /// Prompt tokens for the most important sequence, whoever has had how much.
+    first_share: Share,
+    /// And for the batch lane.
+    batch_share: Share,
 }
 
 impl Scheduler {
@@ -68,6 +90,8 @@ impl Scheduler {
             arrivals: 0,
             since_batch: 0,
             passed: 0,
+            first_share: Share { every: FIRST_SHARE, since: 0 },
+            batch_share: Share { every: BATCH_SHARE, since: 0 },
         }
     }
 
@@ -176,10 +200,10 @@ impl Scheduler {
             left -= more;
         };
         if let Some((.., first)) = prompts.first() {
-            give(*first, chunk.div_ceil(FIRST_SHARE));
+            give(*first, self.first_share.of(chunk));
         }
         if let Some((.., first)) = prompts.iter().find(|(priority, ..)| *priority == Priority::Batch) {
-            give(*first, chunk.div_ceil(BATCH_SHARE));
+            give(*first, self.batch_share.of(chunk));
         }
         prompts.sort_unstable();
         prompts.iter().for_each(|(.., index)| give(*index, chunk));

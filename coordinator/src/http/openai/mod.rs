@@ -6,14 +6,14 @@ mod request;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use stoker_shared::outcome::{JobError, code};
 
 pub use request::in_their_words;
 
-use super::error::Family;
+use super::error::{Family, Segment};
 use super::{App, body, label, sse, traceparent};
 use crate::prepare::{Defaults, Intent};
 use crate::routing::Model;
@@ -35,14 +35,14 @@ async fn generate(app: &App, request: Request, route: Route) -> Result<Response,
     let (parts, body) = request.into_parts();
     let caller = app.admission.over_http(&parts.headers)?;
     let body = body::read(&parts, body).await?;
-    let Asked { job, stream, include_usage } = match route {
+    let Asked { job, stream, include_usage, newer } = match route {
         Route::Chat => request::chat(&body)?,
         Route::Completion => request::completion(&body)?,
     };
     let defaults = Defaults::openai(route == Route::Chat);
     let intent = Intent { job, caller, defaults, accepted, traceparent: traceparent(&parts.headers) };
     let submitted = app.dispatch.connect(intent, !stream).await;
-    let mut ticket = submitted.map_err(|e| in_their_words(e, false))?;
+    let mut ticket = submitted.map_err(|e| in_their_words(e, newer))?;
     let model = ticket.model.name.clone();
     let response = if stream {
         let chunks = Chunks::new(route, &ticket, include_usage);
@@ -62,7 +62,7 @@ pub async fn models(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /v1/models/{id}`.
-pub async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
+pub async fn model(State(app): State<Arc<App>>, Segment(id): Segment) -> Response {
     let snapshot = app.dispatch.router.registry.snapshot();
     match snapshot.models.get(id.as_str()).filter(|m| m.takes_jobs()) {
         Some(model) => axum::Json(object(model)).into_response(),

@@ -62,6 +62,8 @@ pub struct Asked {
     pub stream: bool,
     /// With a last chunk that has the usage.
     pub include_usage: bool,
+    /// Its limit was given by the newer name.
+    pub newer: bool,
 }
 
 /// Reads the body of `/v1/chat/completions`.
@@ -156,7 +158,7 @@ fn asked(common: Body, job: Job) -> Result<Asked, JobError> {
     };
     job.check().map_err(|e| in_their_words(e, newer))?;
     let include_usage = common.stream_options.and_then(|o| o.include_usage).unwrap_or(false);
-    Ok(Asked { job, stream: common.stream.unwrap_or(false), include_usage })
+    Ok(Asked { job, stream: common.stream.unwrap_or(false), include_usage, newer })
 }
 
 fn refused<T>(param: &str, message: &str) -> Result<T, JobError> {
@@ -212,6 +214,10 @@ mod tests {
             ),
             (r#"{"messages":[{"role":"user","content":7}]}"#, "messages[0].content"),
             (r#"{"messages":[]}"#, "messages"),
+            (
+                r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":null,"tool_calls":[{}]}]}"#,
+                "messages[1].tool_calls",
+            ),
         ] {
             let error = chat(body.as_bytes()).expect_err(body);
             assert_eq!(error.param.as_deref(), Some(param), "{body}: {error}");
@@ -234,7 +240,7 @@ mod tests {
             "stream":true,"stream_options":{"include_usage":true},"max_completion_tokens":5,"seed":3,"stop":"x",
             "user":"u","top_k":4,"min_p":0.1,"lane":"batch","cache":"off","metadata":{"a":"b"},"logprobs":false,
             "n":1,"parallel_tool_calls":true,"temperature":null,"response_format":{"type":"json_object"}}"#;
-        let Asked { job, stream, include_usage } = chat(body.as_bytes()).unwrap();
+        let Asked { job, stream, include_usage, .. } = chat(body.as_bytes()).unwrap();
         assert!(stream && include_usage);
         assert_eq!(job.messages.as_ref().unwrap()[1].content.text(), "ab");
         assert_eq!(

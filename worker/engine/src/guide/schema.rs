@@ -145,8 +145,8 @@ impl<'a> Sizes<'a> {
     /// As the library finds it.
     fn target(&self, reference: &str) -> Option<&'a Value> {
         let path = reference.strip_prefix('#')?;
-        let segments = path.split('/').skip(1).filter(|_| path != "/");
-        segments.fold(Some(self.root), |value, segment| match value? {
+        let mut segments = path.split('/').skip(1).filter(|_| path != "/");
+        segments.try_fold(self.root, |value, segment| match value {
             Value::Array(values) => values.get(segment.parse::<usize>().ok()?),
             value => value.get(segment),
         })
