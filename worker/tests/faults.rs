@@ -163,8 +163,12 @@ async fn an_attempt_that_was_overtaken_before_its_log_was_open_stays_silent() {
     }
     tokio::time::sleep(Duration::from_millis(1100)).await;
     fleet.bus.down.store(false, SeqCst);
-    // The others are taken for dead after three seconds.
-    tokio::time::sleep(Duration::from_millis(800)).await;
+    // Pauses between attempts are two seconds at most.
+    let presence = WorkerPresence { id: "w-other".into(), ..WorkerPresence::default() };
+    for _ in 0..3 {
+        fleet.bus.announce_worker(&presence).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
     for order in &orders {
         assert!(fleet.bus.read_log(order.key()).await.unwrap().is_none(), "it spoke");
     }

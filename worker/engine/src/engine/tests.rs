@@ -650,6 +650,21 @@ fn long_prompts_of_one_user_do_not_hold_up_a_short_one_of_another_nor_the_revers
 }
 
 #[test]
+fn where_chunks_are_of_two_tokens_the_least_served_user_still_gets_most_of_them() {
+    let (mut runner, ears) = runner(4, 40);
+    runner.pace.fixed = Some(2);
+    runner.submit(Request { user: 1, ..request(1, &format!("1{}", "7".repeat(160))) });
+    runner.submit(Request { user: 2, priority: Priority::Batch, ..long(2, 100) });
+    (0..10).for_each(|_| runner.turn());
+    runner.submit(Request { user: 3, ..request(3, "0123456789") });
+    (0..12).for_each(|_| runner.turn());
+    assert!(!ears.of(3).tokens.is_empty());
+    // And the batch lane its tenth.
+    let computed = runner.scheduler.find(SequenceId(2)).map(|sequence| sequence.computed);
+    assert_eq!(computed, Some(2 * 22 / 10));
+}
+
+#[test]
 fn beside_streams_a_prompt_of_4000_tokens_comes_in_bounded_chunks() {
     const LONG: usize = 4000;
     let (mut runner, ears) = runner(9, 200);
