@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use stoker_shared::envelope::Envelope;
 use stoker_shared::frame::{Assembly, Frame, VERSION};
-use stoker_shared::job::Job;
+use stoker_shared::job::{Job, TOKEN_CHANNEL_PREFIX};
 use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{
     Append, CacheRow, Claim, Claimed, Committed, DeadLetter, Destination, Ending, JobRow, JobState, Liveness,
@@ -46,6 +46,14 @@ pub struct Closing<'a> {
     pub end: End,
     /// It is given up: the message as it came.
     pub dead: Option<Bytes>,
+}
+
+impl Closing<'_> {
+    /// Where its tokens go.
+    fn channel(&self) -> String {
+        let id = self.job.id.as_deref().unwrap_or_default();
+        self.job.stream_to.clone().unwrap_or_else(|| format!("{TOKEN_CHANNEL_PREFIX}{id}"))
+    }
 }
 
 /// What came of it.
@@ -192,6 +200,7 @@ async fn take_over(dispatch: &Dispatch, closing: &Closing<'_>) -> PortResult<Tak
             worker: dispatch.id.clone(),
             seed: closing.job.options.seed.unwrap_or_default().cast_unsigned(),
             revision: closing.envelope.revision.clone().unwrap_or_default(),
+            channel: closing.channel(),
         };
         let opened = dispatch.ports.bus.open(&[Opening { key, header, ttl: LOG_TTL }]).await?.pop();
         match opened {
@@ -312,11 +321,10 @@ async fn speak(
         id: id.clone(),
         ..Frame::default()
     };
-    let default = || format!("{}{id}", stoker_shared::job::TOKEN_CHANNEL_PREFIX);
     let append = Append {
         key,
         epoch: attempt.epoch,
-        channel: closing.job.stream_to.clone().unwrap_or_else(default),
+        channel: closing.channel(),
         record: Bytes::from(serde_json::to_vec(&frame).unwrap_or_default()),
         opening: None,
     };

@@ -89,8 +89,13 @@ async fn together(services: &Services, workers: usize, jobs: usize, time: Durati
 
 async fn open(bus: &RedisBus, jobs: usize) -> Vec<Uuid> {
     let keys: Vec<Uuid> = (0..jobs).map(|_| Uuid::new_v4()).collect();
-    let header =
-        LogHeader { epoch: 1, worker: format!("w-{}", Uuid::new_v4()), seed: 1, revision: "r".into() };
+    let header = LogHeader {
+        epoch: 1,
+        worker: format!("w-{}", Uuid::new_v4()),
+        seed: 1,
+        revision: "r".into(),
+        channel: String::new(),
+    };
     let opening = |key: &Uuid| Opening { key: *key, header: header.clone(), ttl: Duration::from_secs(20) };
     bus.open(&keys.iter().map(opening).collect::<Vec<_>>()).await.expect("Redis is there");
     keys

@@ -103,6 +103,7 @@ pub(crate) fn opening_of(shared: &Shared, attempt: &Attempt) -> Opening {
         worker: shared.id.clone(),
         seed: ticket.seed(),
         revision: ticket.served.info().revision.clone(),
+        channel: ticket.channel.clone(),
     };
     Opening { key: ticket.key(), header, ttl: ticket.log_ttl() }
 }

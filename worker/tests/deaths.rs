@@ -16,7 +16,7 @@ use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 fn header(epoch: u64, worker: &str) -> LogHeader {
-    LogHeader { epoch, worker: worker.into(), seed: 7, revision: "echo-1".into() }
+    LogHeader { epoch, worker: worker.into(), seed: 7, revision: "echo-1".into(), channel: String::new() }
 }
 
 fn opening(key: Uuid, epoch: u64, worker: &str) -> Opening {

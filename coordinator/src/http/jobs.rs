@@ -179,7 +179,20 @@ async fn attached(app: &App, headers: &HeaderMap, id: &str) -> Result<Response, 
             inbox.finished(row.key, text, End::new(finish_reason, usage, error))
         }
         None => {
-            let channel = body_of(&row).and_then(|job| job.stream_to);
+            // The row of a job that came by the front door has no body; the log says where its worker speaks.
+            let channel = match body_of(&row) {
+                Some(job) => job.stream_to,
+                None => app
+                    .dispatch
+                    .ports
+                    .bus
+                    .read_log(row.key)
+                    .await
+                    .ok()
+                    .flatten()
+                    .map(|log| log.header.channel),
+            };
+            let channel = channel.filter(|channel| !channel.is_empty());
             let channel = channel.unwrap_or_else(|| format!("{TOKEN_CHANNEL_PREFIX}{}", row.job_id));
             inbox.attach(row.key, channel, deadline(&row) + GRACE, at)
         }

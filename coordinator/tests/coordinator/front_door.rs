@@ -299,7 +299,13 @@ async fn what_the_broker_gave_up_becomes_a_proper_failure() {
     let to = Destination::Work { model: "doomed".into(), lane: Lane::Interactive };
     ports.queue.publish(&to, message.clone()).await.unwrap();
     // A worker said something before it died.
-    let header = LogHeader { epoch: 1, worker: "w-dead".into(), seed: 1, revision: String::new() };
+    let header = LogHeader {
+        epoch: 1,
+        worker: "w-dead".into(),
+        seed: 1,
+        revision: String::new(),
+        channel: "llm.tokens.d1".into(),
+    };
     ports.bus.open(&[Opening { key: envelope.key, header, ttl: Duration::from_secs(60) }]).await.unwrap();
     let frame = json!({ "v": 1, "id": "d1", "key": envelope.key, "epoch": 1, "seq": 0, "at": 0, "text": "half", "tokens": 1 });
     let append = stoker_shared::ports::Append {

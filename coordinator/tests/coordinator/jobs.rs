@@ -4,8 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use stoker_shared::envelope::key_of;
 use stoker_shared::job::Lane;
-use stoker_shared::ports::{Claim, JobState, ServedModel, Source, WorkerPresence};
+use stoker_shared::ports::{
+    Append, Claim, JobState, LogHeader, Opening, ServedModel, Source, WorkerPresence,
+};
 use tokio::sync::Notify;
 
 use crate::faults::{Confirms, FaultyQueue};
@@ -147,6 +150,43 @@ async fn any_coordinator_can_attach_from_any_byte_on() {
     assert_eq!(text_of(&parsed(&afterwards.text().await.unwrap())), " b");
     let wrong = other.http.get(&path).header("Last-Event-ID", "x").send().await.unwrap();
     assert_eq!(wrong.status(), 400);
+}
+
+#[tokio::test]
+async fn a_front_door_job_is_followed_on_the_channel_that_it_chose() {
+    let (fleet, worker) = Fleet::echoing().await;
+    let (bus, key) = (&fleet.ports.bus, key_of("default", "order-17"));
+    fleet
+        .ports
+        .ledger
+        .claim(&Claim {
+            key,
+            job_id: "order-17".into(),
+            expected: None,
+            ..claim(&key.to_string(), &worker.id)
+        })
+        .await
+        .unwrap();
+    let channel = "llm.tokens.room-5".to_owned();
+    let header = LogHeader {
+        epoch: 2,
+        worker: worker.id.clone(),
+        seed: 0,
+        revision: String::new(),
+        channel: channel.clone(),
+    };
+    bus.open(&[Opening { key, header, ttl: Duration::from_secs(60) }]).await.unwrap();
+    let path = format!("{}/v1/jobs/order-17/stream", fleet.url);
+    let mut stream = fleet.http.get(path).send().await.unwrap();
+    eventually("somebody listens", || async {
+        let frame = json!({ "v": 1, "id": "order-17", "key": key, "epoch": 2, "seq": 0, "at": 0, "text": "a", "tokens": 1 });
+        let record = frame.to_string().into();
+        let append = Append { key, epoch: 2, channel: channel.clone(), record, opening: None };
+        bus.append(&[append]).await.unwrap().unheard.is_empty()
+    })
+    .await;
+    let chunk = stream.chunk().await.unwrap().unwrap();
+    assert!(std::str::from_utf8(&chunk).unwrap().contains("{\"text\":\"a\"}"), "{chunk:?}");
 }
 
 #[tokio::test]

@@ -148,7 +148,13 @@ impl Run {
         if script.mute {
             std::future::pending::<()>().await;
         }
-        let header = LogHeader { epoch: 1, worker: self.worker.clone(), seed: 0, revision: "r1".into() };
+        let header = LogHeader {
+            epoch: 1,
+            worker: self.worker.clone(),
+            seed: 0,
+            revision: "r1".into(),
+            channel: job.stream_to.clone().unwrap(),
+        };
         let opening = Opening { key: envelope.key, header, ttl: Duration::from_secs(600) };
         let opened = self.ports.bus.open(&[opening]).await.unwrap().remove(0);
         let Opened::Started { cancelled, .. } = opened else {

@@ -29,6 +29,9 @@ pub struct LogHeader {
     pub seed: u64,
     /// Weights revision.
     pub revision: String,
+    /// The token channel that its frames go to; empty: its writer did not say.
+    #[serde(default)]
+    pub channel: String,
 }
 
 /// A job's replay log.

@@ -95,7 +95,13 @@ impl Job {
     }
 
     pub fn header(&self, epoch: u64, worker: &str) -> LogHeader {
-        LogHeader { epoch, worker: worker.into(), seed: u64::MAX, revision: "r|1 \"x\"".into() }
+        LogHeader {
+            epoch,
+            worker: worker.into(),
+            seed: u64::MAX,
+            revision: "r|1 \"x\"".into(),
+            channel: "t".into(),
+        }
     }
 
     pub fn opening(&self, epoch: u64) -> Opening {
