@@ -13,9 +13,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+given=" ${AMQP_URL:+amqp} ${REDIS_URL:+redis} ${POSTGRES_URL:+postgres} "
 : "${AMQP_URL:=amqp://guest:guest@localhost:5672/%2f}"
 : "${REDIS_URL:=redis://localhost:6379}"
-: "${POSTGRES_URL:=postgres://postgres@localhost:5432/postgres}"
+: "${POSTGRES_URL:=postgres://postgres:postgres@localhost:5432/postgres}"
 # Other users (rabbitmq, postgres) must be able to enter it: not below the home folder.
 folder=${SERVICES_DIR:-/var/tmp/stoker-services-$(id -u)}
 ports=${SERVICES_PORTS:-15670}
@@ -102,13 +103,22 @@ private_rabbitmq() {
   sleep 2 # the port opens a little before logins are taken
 }
 
-# Private instances of an earlier call are used again.
+# Private instances of an earlier call are used again, unless the caller has said what to use instead: a package that an
+# earlier call installed may have started an instance of its own, which does not let us in.
 reuse() {
   local amqp=amqp://guest:guest@localhost:$amqp_port/%2f redis=redis://localhost:$redis_port
   local postgres=postgres://postgres@localhost:$postgres_port/postgres
-  listens "$AMQP_URL" 5672 || ! listens "$amqp" $amqp_port || AMQP_URL=$amqp
-  listens "$REDIS_URL" 6379 || ! listens "$redis" $redis_port || REDIS_URL=$redis
-  listens "$POSTGRES_URL" 5432 || ! listens "$postgres" $postgres_port || POSTGRES_URL=$postgres
+  [[ $given == *" amqp "* ]] && listens "$AMQP_URL" 5672 || ! listens "$amqp" $amqp_port || AMQP_URL=$amqp
+  [[ $given == *" redis "* ]] && listens "$REDIS_URL" 6379 || ! listens "$redis" $redis_port || REDIS_URL=$redis
+  [[ $given == *" postgres "* ]] && listens "$POSTGRES_URL" 5432 || ! listens "$postgres" $postgres_port || POSTGRES_URL=$postgres
+}
+
+# Whether Postgres is there, and lets us in, as far as that can be told without its client.
+has_postgres() {
+  listens "$POSTGRES_URL" 5432 || return 1
+  ! command -v psql >/dev/null || timeout 10 psql "$POSTGRES_URL" -qtc 'SELECT 1' >/dev/null 2>&1 && return
+  [[ $given != *" postgres "* ]] || fail "Postgres at POSTGRES_URL does not let us in"
+  return 1
 }
 
 start() {
@@ -119,7 +129,7 @@ start() {
   reuse
   listens "$AMQP_URL" 5672 || missing+=(rabbitmq)
   listens "$REDIS_URL" 6379 || missing+=(redis)
-  listens "$POSTGRES_URL" 5432 || missing+=(postgres)
+  has_postgres || missing+=(postgres)
   if ((${#missing[@]})) && [[ ${SERVICES:-} != private ]] && has_compose; then
     say "starting ${missing[*]} with Docker"
     docker compose up -d --wait "${missing[@]}" >&2

@@ -12,7 +12,7 @@ mkdir -p "$work"
 
 : "${AMQP_URL:=amqp://guest:guest@localhost:5672/%2f}"
 : "${REDIS_URL:=redis://localhost:6379}"
-: "${POSTGRES_URL:=postgres://postgres@localhost:5432/postgres}"
+: "${POSTGRES_URL:=postgres://postgres:postgres@localhost:5432/postgres}"
 export AMQP_URL REDIS_URL POSTGRES_URL
 
 fail() { echo "client tests: $*" >&2; exit 1; }
@@ -23,6 +23,7 @@ install() { # COMMAND PACKAGES...
 }
 install node nodejs npm
 install npm npm
+(($(node -p 'process.versions.node.split(".")[0]') >= 18)) || fail "Node.js 18 or later is needed; this is $(node --version)"
 install python3 python3 python3-venv
 
 [[ -x $work/venv/bin/pip ]] || python3 -m venv "$work/venv" || { install python3-venv python3-venv; python3 -m venv "$work/venv"; }

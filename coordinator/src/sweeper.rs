@@ -29,6 +29,8 @@ const OLDER_THAN_MS: u64 = 10_000;
 const BATCH: u32 = 50;
 /// Sweeps between two purges.
 const PURGE_EVERY: u32 = 30;
+/// A purge that deletes so many rows has probably left some.
+const MANY: u64 = 10_000;
 /// The broker has so long for each.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(5);
 /// A worker may say so much later than the deadline itself that it has passed.
@@ -42,15 +44,21 @@ pub async fn run(dispatch: Arc<Dispatch>) {
         dead_letters_s: settings.dead_letter_retention_s,
     };
     let mut place = None;
-    for turn in 1_u32.. {
+    let mut until_purge = PURGE_EVERY;
+    loop {
         place = sweep(&dispatch, place).await;
         end_overdue(&dispatch).await;
-        if turn % PURGE_EVERY == 0 {
-            match dispatch.ports.ledger.purge(retention).await {
-                Ok(0) => {}
-                Ok(rows) => tracing::info!(rows, "deleted what had expired"),
-                Err(e) => tracing::debug!("can't delete what has expired: {e}"),
+        until_purge -= 1;
+        if until_purge == 0 {
+            let deleted = dispatch.ports.ledger.purge(retention).await.unwrap_or_else(|e| {
+                tracing::debug!("can't delete what has expired: {e}");
+                0
+            });
+            if deleted > 0 {
+                tracing::info!(rows = deleted, "deleted what had expired");
             }
+            // There is more than one purge deletes.
+            until_purge = if deleted >= MANY { 1 } else { PURGE_EVERY };
         }
         tokio::time::sleep(PAUSE.mul_f64(rand::random_range(0.75..1.25))).await;
     }

@@ -11,7 +11,8 @@ use crate::http;
 
 /// Asks through the OpenAI-compatible interface at `url`, and prints the answer as it comes.
 pub async fn ask(url: &str, question: &str) -> Result<()> {
-    let client = http::client()?;
+    // This process is not behind anybody's proxy.
+    let client = http::build(http::client_builder().no_proxy())?;
     println!("\n> {question}\n");
     let started = Instant::now();
     let answer = client

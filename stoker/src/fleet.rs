@@ -1,5 +1,6 @@
 //! `stoker up`, `stoker coordinator`, `stoker worker`: builds the parts, and runs them until told to stop.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -162,7 +163,11 @@ pub async fn up(mut config: Config, args: UpArgs) -> Result<()> {
     };
     let starting = Coordinator::start(config.clone(), ports.clone(), Some(telemetry::init_metrics()));
     let Some(coordinator) = stop.run_until_cancelled(starting).await.transpose()? else { return Ok(()) };
-    let url = format!("http://localhost:{}", coordinator.addr().port());
+    let addr = coordinator.addr();
+    let url = match addr.ip() {
+        ip if ip.is_unspecified() || ip == Ipv4Addr::LOCALHOST => format!("http://localhost:{}", addr.port()),
+        _ => format!("http://{addr}"),
+    };
     // The worker's own pages would say the same as the coordinator's: any port will do.
     config.http.port = Some(0);
     config.http.host = "127.0.0.1".into();
@@ -171,7 +176,9 @@ pub async fn up(mut config: Config, args: UpArgs) -> Result<()> {
         worker.serve(models(&config).await?).await?;
         if let Some(question) = args.ask {
             worker.announced().await;
-            ask::ask(&url, &question).await?;
+            if let Err(error) = ask::ask(&url, &question).await {
+                eprintln!("the question was not answered: {error:#}");
+            }
         }
         ask::say_how_to_call(&url);
         Ok(worker.wait().await?)

@@ -111,10 +111,12 @@ async fn migrate(config: &Config, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-/// A service's address without its password.
+/// A database's address without its password, which may stand before the host, or among what follows.
 fn redact(url: &str) -> String {
-    match (url.find("://"), url.rfind('@')) {
-        (Some(scheme), Some(at)) if scheme + 3 < at => format!("{}://…{}", &url[..scheme], &url[at..]),
-        _ => url.to_owned(),
+    let Some((scheme, rest)) = url.split_once("://") else { return "the configured database".into() };
+    let address = rest.split('?').next().unwrap_or_default();
+    match address.rsplit_once('@') {
+        Some((_, place)) => format!("{scheme}://…@{place}"),
+        None => format!("{scheme}://{address}"),
     }
 }

@@ -80,7 +80,7 @@ impl Default for Services {
         Self {
             amqp_url: "amqp://guest:guest@localhost:5672/%2f".into(),
             redis_url: "redis://localhost:6379".into(),
-            postgres_url: "postgres://postgres@localhost:5432/postgres".into(),
+            postgres_url: "postgres://postgres:postgres@localhost:5432/postgres".into(),
             prefix: DEFAULT_PREFIX.into(),
         }
     }

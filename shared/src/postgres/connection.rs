@@ -90,7 +90,7 @@ impl From<tokio_postgres::Error> for Failure {
 }
 
 /// The whole of an error: the client library's own text leaves out what the server said.
-fn explain(e: &tokio_postgres::Error) -> String {
+pub(super) fn explain(e: &tokio_postgres::Error) -> String {
     match (e.as_db_error(), e.source()) {
         (Some(db), _) => format!("{} (SQLSTATE {})", db.message(), db.code().code()),
         (None, Some(source)) => format!("{e}: {source}"),

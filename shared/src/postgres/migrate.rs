@@ -6,7 +6,7 @@ use refinery::Target;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls};
 
-use super::connection::{Failure, find_cause, unavailable};
+use super::connection::{Failure, explain, find_cause, refused, unavailable};
 use crate::ports::{PortError, PortResult};
 
 mod embedded {
@@ -19,6 +19,8 @@ const HISTORY: &str = "stoker_schema_history";
 const LOCK: i64 = 0x7374_6f6b_6572;
 /// How long to wait for another process's migration, and for the locks on tables in use.
 const LOCK_LIMIT: &str = "SET lock_timeout = '60s'; SET statement_timeout = 0";
+/// The first version with `gen_random_uuid`.
+const OLDEST: i32 = 13;
 /// How often to try again when another program creates the same tables at the same moment.
 const ATTEMPTS: usize = 5;
 
@@ -40,9 +42,15 @@ pub async fn migrate(config: &Config) -> PortResult<()> {
 /// Gives with an error whether it comes from a collision that will not happen again.
 async fn migrate_once(config: &Config) -> Result<(), (PortError, bool)> {
     let plain = |e: tokio_postgres::Error| (Failure::from(e).error, false);
-    let (mut client, connection) = config.connect(NoTls).await.map_err(|e| (unavailable(e), false))?;
+    let (mut client, connection) = config.connect(NoTls).await.map_err(plain)?;
     let driver = tokio::spawn(connection);
     client.batch_execute(LOCK_LIMIT).await.map_err(plain)?;
+    let version =
+        client.query_one("SELECT current_setting('server_version_num')::int", &[]).await.map_err(plain)?;
+    let version = version.get::<_, i32>(0) / 10_000;
+    if version < OLDEST {
+        return Err((refused(format!("PostgreSQL {OLDEST} or later is needed; this is {version}")), false));
+    }
     client.execute("SELECT pg_advisory_lock($1)", &[&LOCK]).await.map_err(plain)?;
     let result = apply(&mut client).await;
     // The session ends, and with it the lock.
@@ -74,7 +82,7 @@ async fn apply(client: &mut Client) -> Result<(), (PortError, bool)> {
                 SqlState::T_R_DEADLOCK_DETECTED,
             ];
             let again = cause.code().is_some_and(|state| collided.contains(state));
-            Err((unavailable(format!("{e}: {cause}")), again))
+            Err((unavailable(explain(cause)), again))
         }
     }
 }

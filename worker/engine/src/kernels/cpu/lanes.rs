@@ -75,7 +75,8 @@ pub(super) trait Lanes: Copy {
     /// e to the power of each lane, to about one unit in the last place; 0 below -87.
     #[inline(always)]
     fn exp(self) -> Self {
-        let clamped = self.max(Self::splat(-87.3)).min(Self::splat(88.3));
+        // x86 answers with the second where one is a NaN.
+        let clamped = Self::splat(88.3).min(Self::splat(-87.3).max(self));
         // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the first with few bits so that its product is exact.
         let magic = Self::splat(12_582_912.0);
         let n = clamped.mul_add(Self::splat(std::f32::consts::LOG2_E), magic).sub(magic);

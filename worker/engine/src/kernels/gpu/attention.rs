@@ -20,7 +20,9 @@ use super::{BLOCK, cubes, dims, empty, lanes};
 use crate::kernels::Heads;
 
 /// Units of a cube.
-pub(super) const UNITS: usize = 128;
+const UNITS: usize = 128;
+/// Shared memory that every device has, bytes.
+const SHARED: usize = 32 << 10;
 /// Positions of a chunk; a multiple of [`BLOCK`].
 pub(super) const CHUNK: usize = 256;
 /// Most query heads that a cube handles of one row.
@@ -51,18 +53,29 @@ struct Plan {
     chunked: bool,
 }
 
+/// Positions whose keys or values a cube keeps at once, where heads have so many elements.
+fn span(width: usize) -> usize {
+    1 << (KEY_NUMBERS / width).clamp(1, BLOCK).ilog2()
+}
+
+/// Whether there are enough units and shared memory for heads of so many elements.
+pub(crate) fn takes_heads(width: usize) -> bool {
+    let (lanes, span, count) = (lanes(width), span(width), TILE_ROWS.max(MOST_HEADS));
+    let numbers = count * width + span * (width + lanes) + count * span + 2 * count;
+    lanes > 1 && width / lanes <= UNITS && size_of::<f32>() * numbers <= SHARED
+}
+
 impl Plan {
     fn new(heads: &Heads, lanes: usize, rows: usize, chunked: bool) -> Self {
         let group = heads.queries / heads.keys;
         let most = if rows == 1 { MOST_HEADS.min(group) } else { 1 };
-        let span = (KEY_NUMBERS / heads.dim).clamp(1, BLOCK);
         Self {
             queries: heads.queries,
             keys: heads.keys,
             dim: heads.dim / lanes,
             heads: (1..=most).rev().find(|heads| group.is_multiple_of(*heads)).unwrap_or(1),
             rows,
-            span: 1 << span.ilog2(),
+            span: span(heads.dim),
             chunked,
         }
     }
@@ -308,7 +321,7 @@ impl<R: CubeRuntime> Call<'_, R> {
     fn launch(&self, out: CubeTensor<R>, tiles: Tiles, rows: usize, chunks: usize) {
         let lanes = lanes(self.heads.dim);
         let plan = Plan::new(self.heads, lanes, rows, chunks > 1);
-        assert!(super::takes_heads(self.heads.dim), "loading refuses other heads");
+        assert!(takes_heads(self.heads.dim), "loading refuses other heads");
         let window = self.heads.window.map_or(NO_WINDOW, |window| (window as u32).min(NO_WINDOW));
         // SAFETY: tiles are rows of the step, every position of which has a block; `out` has room for each row's heads, or
         // for each chunk's.

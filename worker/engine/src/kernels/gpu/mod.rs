@@ -19,6 +19,8 @@ mod rope;
 mod tables;
 mod unpack;
 
+pub(crate) use attention::takes_heads;
+
 use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
 use burn_cubecl::cubecl::prelude::CubeCount;
 use burn_cubecl::kernel::into_contiguous;
@@ -150,12 +152,6 @@ fn dims<R: CubeRuntime>(tensor: &CubeTensor<R>) -> [usize; 2] {
 /// Cubes of a launch, at most 65,535 in any direction.
 fn cubes(x: usize, y: usize, z: usize) -> CubeCount {
     CubeCount::Static(x as u32, y as u32, z as u32)
-}
-
-/// Whether attention takes heads of so many elements: one unit for each vector of them, in one cube.
-pub(crate) fn takes_heads(width: usize) -> bool {
-    let lanes = lanes(width);
-    lanes > 1 && width / lanes <= attention::UNITS
 }
 
 /// How many neighbouring numbers a unit loads at once where rows have `width` of them.

@@ -509,7 +509,7 @@ fn largest_score<L: Lanes>(
     let mut largest = L::splat(f32::NEG_INFINITY);
     for scores in scores[own.start * WIDTH..own.end * WIDTH].chunks_exact(WIDTH) {
         // SAFETY: as above.
-        largest = largest.max(unsafe { L::load(scores.as_ptr()) });
+        largest = unsafe { L::load(scores.as_ptr()) }.max(largest);
     }
     largest.largest()
 }

@@ -373,7 +373,7 @@ impl Tile for FewRows {
                             HALVES => half_sum(values.add(t * x.blocks * PAIRS + PAIRS / 2 * part)),
                             _ => run.integer_sum,
                         };
-                        let bias = _mm256_set1_epi32(-layout.bias * integers);
+                        let bias = _mm256_set1_epi32((-layout.bias).wrapping_mul(integers));
                         for side in 0..SIDES {
                             if const { has_offset(SCALES) } {
                                 offsets[t][side] = _mm256_fmadd_ps(
