@@ -167,6 +167,11 @@ impl Attempt {
         }
     }
 
+    /// Whether it is to run and its engine does not have it yet.
+    pub fn waits_for_engine(&self) -> bool {
+        self.phase == Phase::Running && !self.submitted && self.end.is_none()
+    }
+
     /// Ends it without the engine.
     pub fn end_now(&mut self, reason: FinishReason, error: JobError, dead: bool) {
         let usage = Usage { completion_tokens: self.ids.len() as u32, ..Usage::default() };

@@ -28,7 +28,7 @@ pub(crate) fn begin(shared: &Arc<Shared>, chosen: impl Fn(&Attempt) -> bool) {
                 unsubmitted.push(number);
             }
             // Its engine does not have it yet, and may not for a while.
-            Phase::Running if !attempt.submitted && attempt.end.is_none() => {
+            Phase::Running if attempt.waits_for_engine() => {
                 attempt.handover = true;
                 attempt.phase = Phase::Ending;
                 unsubmitted.push(number);

@@ -8,6 +8,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::time::Duration;
 
 use stoker_engine::{ChatMessage, Constraint, Priority, Prompt, Request, Resume, Sampling, SequenceId};
 use stoker_shared::backoff::Backoff;
@@ -15,7 +16,7 @@ use stoker_shared::job::{DEFAULT_TEMPERATURE, Job, Lane};
 use stoker_shared::outcome::{FinishReason, code};
 use stoker_shared::ports::{LogHeader, Opened, Opening};
 use stoker_shared::response_format::ResponseFormat;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tracing::{info, warn};
 
 use crate::attempt::{self, Attempt, Phase};
@@ -26,6 +27,8 @@ use crate::{claim, outbox};
 
 /// Most attempts that are opened in one round trip.
 const BATCH: usize = 256;
+/// How often is looked whether an attempt that waits for its preparation is still to run.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// A longer body is not tokenized among others, bytes.
 const LONG_BODY: usize = 16 << 10;
 
@@ -175,22 +178,40 @@ fn submit(shared: &Arc<Shared>, attempts: Vec<(u64, Arc<Ticket>, Resume)>) {
     }
 }
 
-/// The engine sees to deadlines of what it has.
+/// Gives the engine an attempt on a thread of its own, of which there are only so many: an attempt that ends meanwhile makes
+/// room for another delivery, but its thread goes on. The engine sees to deadlines of what it has; until then this does.
 async fn submit_long(shared: Arc<Shared>, number: u64, ticket: Arc<Ticket>, resume: Resume) {
     let deadline = ticket.deadline_instant();
-    let ours = shared.clone();
-    let submitting = tokio::task::spawn_blocking(move || {
-        ticket.served.engine.submit(request(&ticket, number, resume));
-        confirm_submitted(&ours, std::iter::once((number, &ticket)));
-    });
-    let Some(deadline) = deadline else { return };
+    let submitting = async {
+        let Some(permit) = permit_for(&shared, number).await else { return };
+        let ours = shared.clone();
+        let submit = move || {
+            let _permit = permit;
+            ticket.served.engine.submit(request(&ticket, number, resume));
+            confirm_submitted(&ours, std::iter::once((number, &ticket)));
+        };
+        // A panic is the engine's to tell.
+        let _ = tokio::task::spawn_blocking(submit).await;
+    };
+    let Some(deadline) = deadline else { return submitting.await };
     if tokio::time::timeout_at(deadline.into(), submitting).await.is_err()
         && let Some(attempt) = shared.table().get(number)
-        && !attempt.submitted
-        && attempt.phase == Phase::Running
-        && attempt.end.is_none()
+        && attempt.waits_for_engine()
     {
         outbox::end_unsubmitted(&shared, attempt, number, FinishReason::Deadline, attempt::expired());
+    }
+}
+
+/// A place among those that are being prepared; `None` once the attempt is not to run any more.
+async fn permit_for(shared: &Shared, number: u64) -> Option<OwnedSemaphorePermit> {
+    loop {
+        let permit = tokio::time::timeout(LOOK_AGAIN, shared.preparing.clone().acquire_owned()).await;
+        if !shared.table().get(number).is_some_and(|attempt| attempt.waits_for_engine()) {
+            return None;
+        }
+        if let Ok(permit) = permit {
+            return permit.ok();
+        }
     }
 }
 

@@ -21,6 +21,9 @@ use crate::tasks::Tasks;
 /// How ids of workers begin; those of coordinators begin otherwise.
 pub(crate) const WORKER_ID_PREFIX: &str = "w-";
 
+/// Long prompts and response formats that are prepared at the same time.
+const PREPARED_TOGETHER: usize = 4;
+
 /// A model that this worker serves.
 pub(crate) struct Served {
     pub engine: Box<dyn Engine>,
@@ -55,6 +58,8 @@ pub(crate) struct Shared {
     pub steps: Arc<Steps>,
     /// One suspect at a time.
     pub suspects: Arc<Semaphore>,
+    /// Long prompts and response formats that are being prepared.
+    pub preparing: Arc<Semaphore>,
     /// Numbers of attempts whose log is to be opened.
     pub to_open: mpsc::UnboundedSender<u64>,
     /// Ends that are to be made final.
@@ -85,6 +90,7 @@ impl Shared {
             announced: watch::Sender::new(false),
             steps: Arc::new(Steps::default()),
             suspects: Arc::new(Semaphore::new(1)),
+            preparing: Arc::new(Semaphore::new(PREPARED_TOGETHER)),
             to_open,
             to_commit,
             table: Mutex::new(Table::default()),

@@ -3,7 +3,7 @@
 use std::thread::{self, Builder};
 
 /// Bytes of stack; only what is used becomes memory. Callers bound the text so that a part of it is enough.
-const STACK: usize = 256 << 20;
+const STACK: usize = 1 << 30;
 /// Longest text of a template, a schema, an expression or a grammar, bytes.
 pub(crate) const LONGEST_TEXT: usize = 64 << 10;
 

@@ -25,8 +25,9 @@ struct Account {
 }
 
 impl Accounts {
-    /// A request of `user` comes.
-    pub fn enter(&mut self, user: u64) {
+    /// A request of `user` comes. `waits`: another of theirs waits to be computed; who only reads a stream saves no turns up,
+    /// either.
+    pub fn enter(&mut self, user: u64, waits: bool) {
         if self.present == 0 {
             *self = Self::default();
         }
@@ -38,6 +39,9 @@ impl Accounts {
         let account = self.users.entry(user).or_insert(Account { served: start, present: 0 });
         self.present += usize::from(account.present == 0);
         account.present += 1;
+        if !waits {
+            account.served = account.served.max(start);
+        }
     }
 
     /// A request of `user` goes.
@@ -69,33 +73,33 @@ mod tests {
     #[test]
     fn newcomers_start_with_the_least_served_and_debts_are_remembered() {
         let mut accounts = Accounts::default();
-        accounts.enter(1);
+        accounts.enter(1, false);
         accounts.charge(1, 100);
-        accounts.enter(2);
+        accounts.enter(2, false);
         assert_eq!(accounts.served(2), 100);
         accounts.charge(2, 50);
         accounts.leave(2);
-        accounts.enter(2);
+        accounts.enter(2, false);
         assert_eq!(accounts.served(2), 150, "who leaves and comes back has had it all the same");
         accounts.leave(2);
         accounts.charge(1, 200);
-        accounts.enter(2);
+        accounts.enter(2, false);
         assert_eq!(accounts.served(2), 325, "turns are not saved up, and 1 is owed what 2 had more");
         accounts.leave(1);
         accounts.leave(2);
-        accounts.enter(3);
+        accounts.enter(3, false);
         assert_eq!((accounts.served(3), accounts.users.len()), (0, 1), "after a rest all are equal");
     }
 
     #[test]
     fn ever_new_users_do_not_pass_one_who_waits() {
         let mut accounts = Accounts::default();
-        accounts.enter(0);
+        accounts.enter(0, false);
         accounts.charge(0, 500);
         let mut strangers = 0;
         for stranger in 1..1000 {
             // One of them always waits already.
-            accounts.enter(stranger);
+            accounts.enter(stranger, false);
             if stranger > 1 {
                 accounts.leave(stranger - 1);
             }
@@ -108,5 +112,21 @@ mod tests {
             assert!(accounts.users.len() < 10, "who has gone is forgotten");
         }
         assert!((400..600).contains(&strangers), "{strangers} of 999 turns");
+    }
+
+    #[test]
+    fn a_lone_stream_saves_no_turns_up_for_a_prompt() {
+        let mut accounts = Accounts::default();
+        accounts.enter(1, false);
+        accounts.enter(2, false);
+        accounts.charge(1, 20);
+        accounts.charge(2, 1000);
+        accounts.enter(3, false);
+        assert_eq!(accounts.served(3), 510);
+        accounts.enter(1, false);
+        assert_eq!(accounts.served(1), 510);
+        accounts.charge(2, 300);
+        accounts.enter(1, true);
+        assert_eq!(accounts.served(1), 510, "who waits is owed it");
     }
 }

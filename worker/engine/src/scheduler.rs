@@ -97,7 +97,9 @@ impl Scheduler {
 
     /// Takes a sequence in.
     pub fn submit(&mut self, mut sequence: Sequence) {
-        self.accounts.enter(sequence.user);
+        let user = sequence.user;
+        let waits = self.all().any(|other| other.user == user && !other.decoding());
+        self.accounts.enter(user, waits);
         self.arrivals += 1;
         sequence.arrival = self.arrivals;
         self.waiting[sequence.priority as usize].push_back(sequence);

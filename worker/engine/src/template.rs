@@ -25,9 +25,9 @@ const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }
                       {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '' }}{% endif %}";
 /// The one template's name.
 const NAME: &str = "chat_template";
-/// Steps that a template may take (64 bytes of text count as one): enough for 20,000 messages, less than a second, and so few
+/// Steps that a template may take (64 bytes of text count as one): enough for 10,000 messages, less than a second, and so few
 /// that the deepest value they can make fits the stack.
-const FUEL: u64 = 4_000_000;
+const FUEL: u64 = 2_000_000;
 
 /// A model's chat template.
 #[derive(Clone, Debug)]
@@ -320,6 +320,15 @@ mod tests {
         let source = "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% for j in range(9999) %}\
                       {% set ns.x = [ns.x] %}{% endfor %}{% endfor %}";
         assert!(render(source, &[]).unwrap_err().message.contains("too many steps"));
+        // As many levels a step as the library reads in one expression, and then written out.
+        let (open, close) = ("[".repeat(60), "]".repeat(60));
+        for shown in ["ns.x", "ns.x | tojson"] {
+            let source = format!(
+                "{{% set ns = namespace(x=[]) %}}{{% for i in range(12000) %}}{{% set ns.x = {open}ns.x{close} %}}{{% endfor %}}\
+                 {{{{ {shown} }}}}"
+            );
+            assert!(render(&source, &[]).unwrap().starts_with("[[[["), "{shown}");
+        }
     }
 
     /// `templates.json` holds templates with the constructs that models' templates are made of, and what Python makes of

@@ -6,22 +6,37 @@ use serde_json::{Map, Value};
 
 /// Greatest `multipleOf`, as digits without their point: as many states it takes to follow a number.
 const GREATEST_DIVISOR: f64 = 10_000.0;
-/// Most `patternProperties`: each pair of them is proved to be disjoint, whenever objects are merged.
+/// Most different `patternProperties`: each pair of them is proved to be disjoint, whenever objects are merged.
 const MOST_PATTERNS: usize = 16;
-/// Most parts of a schema when its conjunctions are merged; each takes some 250 bytes.
-const MOST_PARTS: f64 = 100_000.0;
+/// Most parts of a schema when its conjunctions are merged.
+const MOST_PARTS: f64 = 400_000.0;
+/// Memory of a part, bytes, about.
+const PART_BYTES: f64 = 250.0;
+/// Keys of a schema's own, which make one conjunct together.
+const OWN: [&str; 9] = [
+    "type",
+    "properties",
+    "patternProperties",
+    "prefixItems",
+    "items",
+    "additionalItems",
+    "additionalProperties",
+    "pattern",
+    "format",
+];
 
 /// Whether the library can take a schema; if not, why.
 pub(super) fn check(schema: &Value) -> Result<(), String> {
     let mut facts = Facts::default();
     facts.collect(schema)?;
-    if facts.patterns > MOST_PATTERNS {
-        return Err(format!("{} patternProperties; {MOST_PATTERNS} are the most", facts.patterns));
+    if facts.patterns.len() > MOST_PATTERNS {
+        let count = facts.patterns.len();
+        return Err(format!("{count} different patternProperties; {MOST_PATTERNS} are the most"));
     }
     let mut sizes = Sizes::new(schema, facts.tuples);
-    let mut parts = sizes.of(schema, false).parts;
+    let mut parts = sizes.of(schema, false).all();
     while let Some(target) = sizes.kept.pop() {
-        parts += sizes.of(target, false).parts;
+        parts += sizes.of(target, false).all();
     }
     if parts > MOST_PARTS {
         return Err(
@@ -34,14 +49,15 @@ pub(super) fn check(schema: &Value) -> Result<(), String> {
 
 /// What is counted in the whole text, wherever it stands.
 #[derive(Default)]
-struct Facts {
-    patterns: usize,
+struct Facts<'a> {
+    /// Of `patternProperties`; objects that are merged have each once.
+    patterns: HashSet<&'a str>,
     /// Whether there are arrays whose first elements have schemas of their own.
     tuples: bool,
 }
 
-impl Facts {
-    fn collect(&mut self, value: &Value) -> Result<(), String> {
+impl<'a> Facts<'a> {
+    fn collect(&mut self, value: &'a Value) -> Result<(), String> {
         match value {
             Value::Object(object) => {
                 if let Some(divisor) = object.get("multipleOf").and_then(Value::as_f64) {
@@ -51,7 +67,14 @@ impl Facts {
                     }
                 }
                 let patterns = object.get("patternProperties").and_then(Value::as_object);
-                self.patterns += patterns.map_or(0, Map::len);
+                self.patterns.extend(patterns.into_iter().flat_map(Map::keys).map(String::as_str));
+                let types = object.get("type").and_then(Value::as_array).into_iter().flatten();
+                let types: Vec<_> = types.filter_map(Value::as_str).collect();
+                if let Some(twice) =
+                    types.iter().find(|kind| types.iter().filter(|other| other == kind).count() > 1)
+                {
+                    return Err(format!("type names {twice:?} twice"));
+                }
                 self.tuples |=
                     object.contains_key("prefixItems") || object.get("items").is_some_and(Value::is_array);
                 self.tuples |= ["const", "enum"].iter().any(|key| object.get(*key).is_some_and(holds_array));
@@ -75,54 +98,76 @@ fn holds_array(value: &Value) -> bool {
 /// How large a schema is, from above, and how it makes another grow that is merged with it.
 #[derive(Clone, Copy)]
 struct Size {
-    /// Schemas in it, itself included.
+    /// Arrays, objects and what may be any of them; the schema itself included.
     parts: f64,
-    /// How many alternatives there are at most at one place: each gets a copy of the other.
+    /// Strings, numbers and the like, with what their texts weigh.
+    scalars: f64,
+    /// How many alternatives of each of the two there are at most at one place: each gets a copy of the other schema's.
     options: f64,
-    /// Those of its parts that are for any element or property, so that the other's elements and properties each get a
-    /// copy.
+    scalar_options: f64,
+    /// Those of its parts and scalars that are for any element or property, so that the other's elements and properties each
+    /// get a copy.
     loose: f64,
     /// Those of the loose that are so again within.
     loose_again: f64,
 }
 
 impl Size {
-    const NOTHING: Self = Self { parts: 0.0, options: 1.0, loose: 0.0, loose_again: 0.0 };
-    const ONE: Self = Self { parts: 1.0, ..Self::NOTHING };
+    const NOTHING: Self =
+        Self { parts: 0.0, scalars: 0.0, options: 1.0, scalar_options: 1.0, loose: 0.0, loose_again: 0.0 };
+    /// Anything.
+    const ONE: Self = Self { parts: 1.0, scalars: 1.0, ..Self::NOTHING };
+
+    /// A constant or a string whose text has so many bytes.
+    fn scalar(bytes: usize) -> Self {
+        Self { scalars: 1.0 + bytes as f64 / PART_BYTES, ..Self::NOTHING }
+    }
+
+    fn all(self) -> f64 {
+        self.parts + self.scalars
+    }
 
     /// With a schema inside.
     fn with(self, inner: Self, loose: bool) -> Self {
         Self {
             parts: self.parts + inner.parts,
+            scalars: self.scalars + inner.scalars,
             options: self.options.max(inner.options),
-            loose: self.loose + if loose { inner.parts } else { inner.loose },
+            scalar_options: self.scalar_options.max(inner.scalar_options),
+            loose: self.loose + if loose { inner.all() } else { inner.loose },
             loose_again: self.loose_again + if loose { inner.loose } else { inner.loose_again },
         }
     }
 
     /// Of what fits both.
     fn and(self, other: Self) -> Self {
-        let each = |a: fn(Self) -> f64| a(self) * other.options + a(other) * self.options;
+        let copies = self.loose * other.all() + other.loose * self.all();
+        let again = self.loose_again.max(other.loose_again) > 0.0;
         Self {
-            parts: each(|s| s.parts) + self.loose * other.parts + other.loose * self.parts,
+            parts: self.parts * other.options + other.parts * self.options + copies,
+            scalars: self.scalars * other.options * other.scalar_options
+                + other.scalars * self.options * self.scalar_options,
             options: self.options * other.options,
-            loose: each(|s| s.loose) + self.loose_again * other.parts + other.loose_again * self.parts,
-            loose_again: if self.loose_again.max(other.loose_again) > 0.0 {
-                self.parts * other.parts
-            } else {
-                0.0
-            },
+            scalar_options: self.scalar_options * other.scalar_options,
+            loose: self.loose * other.options
+                + other.loose * self.options
+                + self.loose_again * other.all()
+                + other.loose_again * self.all(),
+            loose_again: if again { self.all() * other.all() } else { 0.0 },
         }
     }
 
     /// Of what fits one of several.
     fn any(all: impl Iterator<Item = Self>) -> Self {
-        let mut any = Self { options: 0.0, ..Self::NOTHING };
+        let mut any = Self { options: 0.0, scalar_options: 0.0, ..Self::NOTHING };
         for one in all {
-            let options = any.options + one.options;
-            any = Self { options, ..any.with(one, false) };
+            // What has only scalars, or only others, is no alternative of the others.
+            let options = any.options + if one.parts > 0.0 { one.options } else { 0.0 };
+            let scalar_options =
+                any.scalar_options + if one.scalars > 0.0 { one.scalar_options } else { 0.0 };
+            any = Self { options, scalar_options, ..any.with(one, false) };
         }
-        Self { options: any.options.max(1.0), ..any }
+        Self { options: any.options.max(1.0), scalar_options: any.scalar_options.max(1.0), ..any }
     }
 }
 
@@ -135,11 +180,20 @@ struct Sizes<'a> {
     kept: Vec<&'a Value>,
     /// Sizes of targets that are copied to where they are merged; `None` while one is being found out.
     merged: HashMap<&'a str, Option<Size>>,
+    /// Those that lead back to themselves.
+    recursive: HashSet<&'a str>,
 }
 
 impl<'a> Sizes<'a> {
     fn new(root: &'a Value, tuples: bool) -> Self {
-        Self { root, tuples, references: HashSet::new(), kept: Vec::new(), merged: HashMap::new() }
+        Self {
+            root,
+            tuples,
+            references: HashSet::new(),
+            kept: Vec::new(),
+            merged: HashMap::new(),
+            recursive: HashSet::new(),
+        }
     }
 
     /// As the library finds it.
@@ -156,28 +210,33 @@ impl<'a> Sizes<'a> {
     fn of(&mut self, schema: &'a Value, merged: bool) -> Size {
         let Some(object) = schema.as_object() else { return Size::ONE };
         let list = |key: &str| object.get(key).and_then(Value::as_array).map_or(&[][..], |list| list);
-        let constants = object.get("const").map(count).into_iter();
-        let constants = constants.chain(object.get("enum").map(count));
-        let own = [
-            "properties",
-            "patternProperties",
-            "prefixItems",
-            "items",
-            "additionalItems",
-            "additionalProperties",
-        ];
-        let own = own.iter().any(|key| object.contains_key(*key));
-        let several = usize::from(own || object.contains_key("type"))
-            + constants.clone().count()
-            + list("allOf").len()
-            + ["anyOf", "oneOf", "$ref"].iter().filter(|key| object.contains_key(**key)).count();
-        let merged = merged || several > 1;
+        let map = |key: &str| object.get(key).and_then(Value::as_object).into_iter().flat_map(Map::values);
+        let (properties, patterns) = (map("properties").count(), map("patternProperties").count());
+        let has_own = OWN.iter().any(|key| object.contains_key(*key));
+        let conjuncts = usize::from(has_own)
+            + ["const", "enum", "anyOf", "oneOf", "$ref"]
+                .iter()
+                .filter(|key| object.contains_key(**key))
+                .count()
+            + list("allOf").len();
+        let merged = merged || conjuncts > 1 || properties > 0 && patterns > 0;
 
-        let mut size = Size::ONE;
-        for key in ["properties", "patternProperties"] {
-            for inner in object.get(key).and_then(Value::as_object).into_iter().flat_map(Map::values) {
-                size = size.with(self.of(inner, merged), key == "patternProperties");
-            }
+        let text =
+            ["pattern", "format"].iter().filter_map(|key| object.get(*key)?.as_str()).map(str::len).sum();
+        let mut size = match object.get("type").and_then(Value::as_str) {
+            Some("object" | "array") => Size { parts: 1.0, ..Size::NOTHING },
+            Some(_) => Size::scalar(text),
+            None if has_own || conjuncts == 0 => Size { parts: 1.0, ..Size::scalar(text) },
+            None => Size::NOTHING,
+        };
+        for inner in map("properties") {
+            size = size.with(self.of(inner, merged), false);
+        }
+        for inner in map("patternProperties") {
+            let inner = self.of(inner, merged);
+            size = size.with(inner, true);
+            // Each property that a pattern fits is merged with a copy of the pattern's schema.
+            size.parts += properties as f64 * inner.all();
         }
         for inner in list("prefixItems").iter().chain(list("items")) {
             size = size.with(self.of(inner, merged), false);
@@ -189,8 +248,11 @@ impl<'a> Sizes<'a> {
                 size = size.with(self.of(inner, merged), loose);
             }
         }
-        for constants in constants {
-            size = size.and(constants);
+        if let Some(constant) = object.get("const") {
+            size = size.and(self::constant(constant));
+        }
+        if object.contains_key("enum") {
+            size = size.and(Size::any(list("enum").iter().map(self::constant)));
         }
         for part in list("allOf") {
             size = size.and(self.of(part, merged));
@@ -204,11 +266,7 @@ impl<'a> Sizes<'a> {
         if let Some(reference) = object.get("$ref").and_then(Value::as_str) {
             size = size.and(self.reference(reference, merged));
         }
-        match object.get("type") {
-            // Of alternatives that hold nothing only one is left beside another.
-            Some(Value::String(kind)) if kind != "object" && kind != "array" => Size { options: 0.0, ..size },
-            _ => size,
-        }
+        size
     }
 
     fn reference(&mut self, reference: &'a str, merged: bool) -> Size {
@@ -220,11 +278,17 @@ impl<'a> Sizes<'a> {
         }
         match self.merged.get(reference) {
             Some(Some(size)) => *size,
-            // Within itself: the library refuses what never ends.
-            Some(None) => Size::ONE,
+            Some(None) => {
+                self.recursive.insert(reference);
+                Size::ONE
+            }
             None => {
                 self.merged.insert(reference, None);
-                let size = self.target(reference).map_or(Size::ONE, |target| self.of(target, true));
+                let mut size = self.target(reference).map_or(Size::ONE, |target| self.of(target, true));
+                if self.recursive.contains(reference) {
+                    // It goes as deep as what it is merged with.
+                    (size.loose, size.loose_again) = (size.all(), size.all());
+                }
                 self.merged.insert(reference, Some(size));
                 size
             }
@@ -232,14 +296,14 @@ impl<'a> Sizes<'a> {
     }
 }
 
-/// The size of constants. Those that hold nothing are alternatives of which only one is left beside another.
-fn count(value: &Value) -> Size {
+/// The size of a constant.
+fn constant(value: &Value) -> Size {
+    let object = Size { parts: 1.0, ..Size::NOTHING };
     match value {
-        Value::Array(values) => Size::any(values.iter().map(count)).and(Size::ONE),
-        Value::Object(object) => {
-            object.values().fold(Size::ONE, |size, value| size.with(count(value), false))
-        }
-        _ => Size { options: 0.0, ..Size::ONE },
+        Value::Array(values) => values.iter().fold(object, |size, value| size.with(constant(value), false)),
+        Value::Object(map) => map.values().fold(object, |size, value| size.with(constant(value), false)),
+        Value::String(text) => Size::scalar(text.len()),
+        _ => Size::scalar(0),
     }
 }
 
@@ -288,6 +352,27 @@ mod tests {
         let objects =
             json!({ "properties": large["properties"], "allOf": [{ "additionalProperties": large }] });
         assert!(refused(objects));
+        let twice = json!({ "type": ["array", "array"], "allOf": [{ "type": "array", "items": large }] });
+        assert!(refused(twice));
+        let within = |pattern: &str, inner: Value| {
+            let names: Map<_, _> = (0..1300).map(|i| (format!("{pattern}{i}"), json!(true))).collect();
+            json!({ "type": "object", "properties": names, "patternProperties": { format!("^{pattern}"): inner } })
+        };
+        assert!(!refused(within("a", json!({}))));
+        assert!(refused(within("a", within("b", within("c", json!(true))))));
+        let words = |first: usize| json!({ "enum": (first..first + 35).map(|i| format!("w{i}")).collect::<Vec<_>>() });
+        let combined = json!({ "allOf": [words(0), words(1), words(2)] });
+        assert!(!refused(combined.clone()));
+        let copies = vec![json!({ "type": "array" }); 880];
+        assert!(refused(json!({ "anyOf": copies, "allOf": [{ "type": "array", "items": combined }] })));
+        let long = json!({ "const": "x".repeat(50_000), "allOf": [{ "enum": vec!["a"; 200] }, { "enum": vec!["a"; 200] }] });
+        assert!(refused(long));
+        let tree = json!({ "type": "object", "properties": { "big": large }, "additionalProperties": { "$ref": "#/$defs/t" } });
+        let places: Map<_, _> = (0..1300).map(|i| (format!("p{i}"), json!({ "type": "object" }))).collect();
+        let grown = json!({
+            "allOf": [{ "$ref": "#/$defs/t" }, { "type": "object", "properties": places }], "$defs": { "t": tree },
+        });
+        assert!(refused(grown));
         let patterns = |n: usize| (0..n).map(|i| (format!("^p{i}$"), json!({}))).collect::<Map<_, _>>();
         assert!(refused(json!({ "patternProperties": patterns(17) })));
         assert!(!refused(json!({ "patternProperties": patterns(16) })));
@@ -300,7 +385,7 @@ mod tests {
             "type": "object",
             "properties": {
                 "name": { "type": "string", "description": "of it" },
-                "kind": { "enum": (0..200).map(|i| format!("kind-{i}")).collect::<Vec<_>>() },
+                "kind": { "enum": (0..100).map(|i| format!("kind-{i}")).collect::<Vec<_>>() },
                 "parent": { "anyOf": [{ "$ref": "#/$defs/entry" }, { "type": "null" }] },
                 "children": { "type": "array", "items": { "$ref": "#/$defs/entry" } },
                 "labels": { "type": "object", "additionalProperties": { "type": "string" } },
@@ -310,9 +395,13 @@ mod tests {
         let schema = json!({
             "type": "object",
             "properties": { "first": described, "rest": { "type": "array", "items": described } },
-            "allOf": [{ "$ref": "#/$defs/entry" }, { "$ref": "#/$defs/entry" }, { "required": ["name"] }],
+            "allOf": [{ "$ref": "#/$defs/entry" }, { "required": ["name"], "properties": { "name": { "maxLength": 9 } } }],
             "$defs": { "entry": entry },
         });
         assert_eq!(check(&schema), Ok(()));
+        // As descriptions of interfaces have it.
+        let extensible = json!({ "type": "object", "patternProperties": { "^x-": {} } });
+        let definitions: Map<_, _> = (0..40).map(|i| (format!("d{i}"), extensible.clone())).collect();
+        assert_eq!(check(&json!({ "type": ["object", "null"], "$defs": definitions })), Ok(()));
     }
 }

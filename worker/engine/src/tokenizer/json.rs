@@ -50,6 +50,9 @@ fn build(bytes: &[u8], special: &Special, limit: usize) -> Result<Tokenizer, Fau
     if growth(&json["normalizer"]) > GREATEST_GROWTH {
         return Err(Fault::Unsupported("tokenizer.json: a normalizer that makes texts much longer".into()));
     }
+    if repeats_text(&json["post_processor"]) {
+        return Err(Fault::Unsupported("tokenizer.json: a template that repeats the text".into()));
+    }
     if added_around(&json["post_processor"]) > MOST_AROUND {
         return Err(Fault::Unsupported("tokenizer.json: a template of very many tokens".into()));
     }
@@ -109,8 +112,12 @@ fn growth(normalizer: &Value) -> f64 {
         }
         // A table of its own: as long as it likes.
         Some("Precompiled") => f64::INFINITY,
-        // Once: each next time there is nothing left to do.
-        Some("NFC" | "NFD" | "NFKC" | "NFKD" | "Lowercase" | "Strip" | "StripAccents" | "Nmt") | None => 1.0,
+        // U+FDFA becomes 18 characters.
+        Some("NFKC" | "NFKD") => 11.0,
+        Some("Strip" | "StripAccents") => 1.0,
+        None if normalizer.is_null() => 1.0,
+        // The library also takes what has no type.
+        None => f64::INFINITY,
         Some(_) => 3.0,
     }
 }
@@ -126,4 +133,12 @@ fn added_around(processor: &Value) -> usize {
     };
     let own = all(&processor["single"], &piece).saturating_add(all(&processor["pair"], &piece));
     own.saturating_add(all(&processor["processors"], &added_around))
+}
+
+/// Whether a post-processor puts a text more than once.
+fn repeats_text(processor: &Value) -> bool {
+    let pieces = |template: &str| processor[template].as_array().into_iter().flatten();
+    let texts = |template| pieces(template).filter(|piece| !piece["Sequence"].is_null()).count();
+    let within = processor["processors"].as_array().into_iter().flatten().any(repeats_text);
+    texts("single") > 1 || texts("pair") > 2 || within
 }

@@ -223,7 +223,7 @@ impl ModelConfig {
             ("heads", self.heads, 1 << 12),
             ("key and value heads", self.kv_heads, 1 << 12),
             ("head width", self.head_dim, 1 << 12),
-            ("width of all heads", self.heads * self.head_dim, 1 << 17),
+            ("width of all heads", self.heads.saturating_mul(self.head_dim), 1 << 17),
             ("feed-forward size", self.ffn, 1 << 20),
             ("context", self.context, 1 << 28),
         ];
