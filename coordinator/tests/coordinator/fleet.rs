@@ -57,6 +57,7 @@ pub async fn ports() -> TestPorts {
     eventually("the services are ready", || async {
         ports.queue.ready().await.is_ok()
             && ports.bus.ready().await.is_ok()
+            && ports.ledger.migrate().await.is_ok()
             && ports.ledger.ready().await.is_ok()
     })
     .await;
