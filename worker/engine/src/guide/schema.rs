@@ -38,7 +38,8 @@ pub(super) fn check(schema: &Value) -> Result<(), String> {
     while let Some(target) = sizes.kept.pop() {
         parts += sizes.of(target, false).all();
     }
-    if parts > MOST_PARTS {
+    // No number: infinitely many, times none.
+    if parts.is_nan() || parts > MOST_PARTS {
         return Err(
             "its allOf, anyOf and $ref beside other keys would make too much of it when they are merged"
                 .into(),
@@ -319,18 +320,20 @@ mod tests {
     /// Each level is twice the one below, and the text a line longer.
     #[test]
     fn references_that_double_when_they_are_merged_are_refused() {
-        let chain = |levels: usize| {
+        let chain = |levels: usize, items: usize| {
             let mut definitions = json!({ "a0": { "type": "array" } });
             for level in 1..=levels {
                 let below = json!({ "type": "array", "$ref": format!("#/$defs/a{}", level - 1) });
-                definitions[format!("a{level}")] = json!({ "type": "array", "prefixItems": [below, below] });
+                definitions[format!("a{level}")] =
+                    json!({ "type": "array", "prefixItems": vec![below; items] });
             }
             json!({ "type": "array", "$ref": format!("#/$defs/a{levels}"), "$defs": definitions })
         };
-        assert!(!refused(chain(8)));
-        assert!(refused(chain(30)));
+        assert!(!refused(chain(8, 2)));
+        assert!(refused(chain(30, 2)));
+        assert!(refused(chain(200, 40)), "more than a float can tell");
         // The same without anything to merge.
-        let mut plain = chain(30);
+        let mut plain = chain(30, 2);
         for level in 1..=30 {
             let below = json!({ "$ref": format!("#/$defs/a{}", level - 1) });
             plain["$defs"][format!("a{level}")] = json!({ "type": "array", "prefixItems": [below, below] });
