@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use stoker_shared::envelope::Envelope;
 use stoker_shared::frame::{Assembly, Frame, VERSION};
-use stoker_shared::job::{Job, TOKEN_CHANNEL_PREFIX};
+use stoker_shared::job::{Job, token_channel};
 use stoker_shared::outcome::{JobError, code};
 use stoker_shared::ports::{
     Append, CacheRow, Claim, Claimed, Committed, DeadLetter, Destination, Ending, JobRow, JobState, Liveness,
@@ -52,7 +52,7 @@ impl Closing<'_> {
     /// Where its tokens go.
     fn channel(&self) -> String {
         let id = self.job.id.as_deref().unwrap_or_default();
-        self.job.stream_to.clone().unwrap_or_else(|| format!("{TOKEN_CHANNEL_PREFIX}{id}"))
+        self.job.stream_to.clone().unwrap_or_else(|| token_channel(id))
     }
 }
 

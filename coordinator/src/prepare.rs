@@ -146,7 +146,7 @@ pub fn prepare(
     };
     job.stream_to = match &travel {
         Travel::Connected { channel, .. } => Some((*channel).to_owned()),
-        Travel::Queued { .. } => job.stream_to.or_else(|| Some(format!("{}{id}", job::TOKEN_CHANNEL_PREFIX))),
+        Travel::Queued { .. } => job.stream_to.or_else(|| Some(job::token_channel(&id))),
     };
     job.id = Some(id);
     let envelope = Envelope {

@@ -225,7 +225,12 @@ pub const MAX_STOPS: usize = 4;
 /// Longest stop string, bytes.
 pub const MAX_STOP_BYTES: usize = 256;
 /// What a token channel's name starts with.
-pub const TOKEN_CHANNEL_PREFIX: &str = "llm.tokens.";
+const TOKEN_CHANNEL_PREFIX: &str = "llm.tokens.";
+
+/// The token channel of a job that names none, by its id, or of a coordinator's clients, by the coordinator's.
+pub fn token_channel(id: &str) -> String {
+    format!("{TOKEN_CHANNEL_PREFIX}{id}")
+}
 
 /// An id as one segment of a URL's path, percent-encoded (RFC 3986).
 pub fn path_segment(id: &str) -> String {

@@ -63,8 +63,8 @@ impl Ticket {
         };
         let channel = match (&job.stream_to, &envelope.coordinator) {
             (Some(channel), _) => channel.clone(),
-            (None, Some(coordinator)) => format!("{}{coordinator}", job::TOKEN_CHANNEL_PREFIX),
-            (None, None) => format!("{}{id}", job::TOKEN_CHANNEL_PREFIX),
+            (None, Some(coordinator)) => job::token_channel(coordinator),
+            (None, None) => job::token_channel(&id),
         };
         let deadline = job.deadline_at();
         let frame_key = (id.parse() != Ok(envelope.key)).then_some(envelope.key);

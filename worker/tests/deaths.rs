@@ -23,6 +23,16 @@ fn opening(key: Uuid, epoch: u64, worker: &str) -> Opening {
     Opening { key, header: header(epoch, worker), ttl: PATIENCE }
 }
 
+/// A worker wrote this frame, and died; the job's message is back.
+async fn write_and_die(fleet: &Fleet, order: &Order, frame: &Frame) {
+    let (key, epoch) = (order.key(), frame.epoch);
+    fleet.bus.open(&[opening(key, epoch, "w-dead")]).await.unwrap();
+    let record = serde_json::to_vec(frame).unwrap().into();
+    let append = Append { key, epoch, channel: order.channel().into(), record, opening: None };
+    fleet.bus.append(&[append]).await.unwrap();
+    fleet.publish_redelivered(order).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_workers_jobs_go_on_at_the_next_token() {
     let fleet = Fleet::new().await;
@@ -279,7 +289,6 @@ async fn a_text_that_was_whole_is_only_committed() {
     let fleet = Fleet::new().await;
     let order = Order::once("one two", 2);
     // A worker wrote the last frame, and died. What it generated tells that nothing is generated again.
-    fleet.bus.open(&[opening(order.key(), 1, "w-dead")]).await.unwrap();
     let usage = Usage { prompt_tokens: 2, completion_tokens: 2, cached_prompt_tokens: 1 };
     let last = Frame {
         v: 1,
@@ -292,11 +301,7 @@ async fn a_text_that_was_whole_is_only_committed() {
         usage: Some(usage),
         ..Frame::default()
     };
-    let record = serde_json::to_vec(&last).unwrap().into();
-    let append =
-        Append { key: order.key(), epoch: 1, channel: order.channel().into(), record, opening: None };
-    fleet.bus.append(&[append]).await.unwrap();
-    fleet.publish_redelivered(&order).await;
+    write_and_die(&fleet, &order, &last).await;
     let worker = fleet.worker(0).await;
     let (_, outcome) = fleet.outcome(order.key()).await;
     assert_eq!((outcome.text.as_str(), outcome.finish_reason), ("une deux", FinishReason::Stop));
@@ -313,7 +318,6 @@ async fn a_poisoned_jobs_end_that_nobody_committed_is_buried_all_the_same() {
     let order = Order::front_door("poison", "one two", 2);
     // A worker gave it up after three deaths, wrote that down, and died.
     fleet.ledger.claim(&order.claim(None, 2, "w-dead", 3)).await.unwrap();
-    fleet.bus.open(&[opening(order.key(), 2, "w-dead")]).await.unwrap();
     let last = Frame {
         v: 1,
         id: order.id().into(),
@@ -322,11 +326,7 @@ async fn a_poisoned_jobs_end_that_nobody_committed_is_buried_all_the_same() {
         error: Some(JobError::new(code::POISON, "3 workers died")),
         ..Frame::default()
     };
-    let record = serde_json::to_vec(&last).unwrap().into();
-    let append =
-        Append { key: order.key(), epoch: 2, channel: order.channel().into(), record, opening: None };
-    fleet.bus.append(&[append]).await.unwrap();
-    fleet.publish_redelivered(&order).await;
+    write_and_die(&fleet, &order, &last).await;
     let worker = fleet.worker(0).await;
     let (_, outcome) = fleet.outcome(order.key()).await;
     assert_eq!(outcome.error.unwrap().message, "3 workers died");

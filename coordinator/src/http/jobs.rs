@@ -8,7 +8,7 @@ use axum::http::header::{CONTENT_TYPE, LOCATION};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use stoker_shared::job::{Job, MAX_ID_BYTES, TOKEN_CHANNEL_PREFIX, path_segment};
+use stoker_shared::job::{Job, MAX_ID_BYTES, path_segment, token_channel};
 use stoker_shared::outcome::{JobError, Outcome, code};
 use stoker_shared::ports::{JobRow, JobState, StoredJob};
 use time::OffsetDateTime;
@@ -193,7 +193,7 @@ async fn attached(app: &App, headers: &HeaderMap, id: &str) -> Result<Response, 
                     .map(|log| log.header.channel),
             };
             let channel = channel.filter(|channel| !channel.is_empty());
-            let channel = channel.unwrap_or_else(|| format!("{TOKEN_CHANNEL_PREFIX}{}", row.job_id));
+            let channel = channel.unwrap_or_else(|| token_channel(&row.job_id));
             inbox.attach(row.key, channel, deadline(&row) + GRACE, at)
         }
     };

@@ -60,7 +60,7 @@ impl Inbox {
     pub fn new(coordinator: &str, ports: Ports) -> (Arc<Self>, InboxTasks) {
         let (rescues, queue) = mpsc::unbounded_channel();
         let inbox = Arc::new(Self {
-            channel: format!("{}{coordinator}", stoker_shared::job::TOKEN_CHANNEL_PREFIX),
+            channel: stoker_shared::job::token_channel(coordinator),
             ports,
             table: Table::default(),
             listening: AtomicBool::new(false),
